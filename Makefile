@@ -1,0 +1,22 @@
+# Shorthands for the README's commands.
+PYTHON ?= python3
+
+.PHONY: setup segment test lint
+
+setup: .venv/bin/depict
+
+.venv/bin/depict: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install torch==2.14.1 torchvision==0.29.1
+	.venv/bin/pip install -e ".[test,train]"
+	touch $@
+
+segment: setup
+	.venv/bin/depict segment tests/data/street.jpg
+
+test: setup
+	.venv/bin/pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .

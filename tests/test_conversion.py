@@ -1,0 +1,255 @@
+"""Published checkpoints: tests/data/published holds small random models made with the published code.
+
+DEPICT at QishuaiWen/DEPICT@6c66e2b, Segmenter at rstrudel/segmenter@20d1bfa, float32 on a CPU. The ImageNet classifier
+rows are cut to two; gradients are every n-th value. Tolerances leave room for another order of float32 sums.
+"""
+
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import tiny_config, tiny_model
+from safetensors.torch import load_file
+from transformers import DeiTConfig, DeiTModel, ViTConfig, ViTForImageClassification
+
+from depict_hf import DepictForSemanticSegmentation
+from depict_hf.conversion import convert_checkpoint, load_encoder, read_checkpoint, rename_parameters
+from depict_hf.inference import segment
+from depict_hf.vit import LayerRecord
+from depict_hf.windows import resize_bilinear
+
+PUBLISHED = Path(__file__).parent / "data" / "published"
+CASES = ("sa_deit_distilled", "ca_vit", "segmenter_linear")
+
+
+@pytest.fixture(params=CASES)
+def published(request):
+    folder = PUBLISHED / request.param
+    return folder, load_file(folder / "expected.safetensors")
+
+
+def test_logits(published):
+    folder, expected = published
+    model, _ = convert_checkpoint(folder / "checkpoint.pth")
+    model.config.window_size = None
+    pixel_values = expected["forward.pixel_values"]
+    logits = resize_bilinear(model(pixel_values).logits, pixel_values.shape[-2:])
+    torch.testing.assert_close(logits, expected["forward.logits"], atol=1e-4, rtol=0)
+
+
+def test_loss_and_gradients(published):
+    folder, expected = published
+    model, _ = convert_checkpoint(folder)
+    model.train()
+    loss = model(expected["train.pixel_values"], labels=expected["train.labels"].long()).loss
+    loss.backward()
+    torch.testing.assert_close(loss[None], expected["train.loss"], atol=1e-4, rtol=0)
+    slices = {k.removeprefix("train.grad."): v for k, v in expected.items() if k.startswith("train.grad.")}
+    gradients = {name: parameter.grad.flatten() for name, parameter in model.named_parameters()}
+    renamed = rename_parameters(slices)
+    assert renamed.keys() == gradients.keys()
+    for name, values in renamed.items():
+        own = gradients[name][:: max(1, len(gradients[name]) // 24)][:24]
+        assert (own - values).norm() <= 2e-3 * values.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize(
+    ("protocol", "scales", "flip", "agreement"),
+    [("single", (1.0,), False, 0.9995), ("multi", (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), True, 0.98)],
+)
+def test_protocol(published, protocol, scales, flip, agreement):
+    """These random models decide many pixels by a hair, where one grey level of rounding moves a label."""
+    folder, expected = published
+    model, image_processor = convert_checkpoint(folder)
+    [segmentation] = segment(model, image_processor, [expected["protocol.image"].numpy()], scales, flip)
+    assert (segmentation == expected[f"protocol.{protocol}.segmentation"]).float().mean().item() >= agreement
+
+
+def test_settings_of_the_variant_are_kept():
+    model, image_processor = convert_checkpoint(PUBLISHED / "ca_vit")
+    config = model.config
+    assert (config.window_size, config.window_stride, config.image_size) == (64, 48, (64, 64))
+    assert (config.decoder_head_dim, config.decoder_cross_head_dim, config.decoder_num_heads) == (100, 50, 3)
+    assert image_processor.size.shortest_edge == 80
+    assert tuple(image_processor.image_mean) == (0.5, 0.5, 0.5)
+    _, image_processor = convert_checkpoint(PUBLISHED / "sa_deit_distilled")
+    assert tuple(image_processor.image_std) == (0.229, 0.224, 0.225)
+    assert not model.training
+
+
+def test_a_converted_model_survives_a_save(tmp_path):
+    model, image_processor = convert_checkpoint(PUBLISHED / "ca_vit")
+    model.save_pretrained(tmp_path)
+    image_processor.save_pretrained(tmp_path)
+    loaded = DepictForSemanticSegmentation.from_pretrained(tmp_path)
+    image = torch.randn(1, 3, 80, 110)
+    assert torch.equal(loaded(image).logits, model(image).logits)
+
+
+class TestBadFiles:
+    def copy(self, tmp_path, change=None, variant=None) -> Path:
+        shutil.copytree(PUBLISHED / "segmenter_linear", tmp_path, dirs_exist_ok=True)
+        if change is not None:
+            content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+            change(content)
+            torch.save(content, tmp_path / "checkpoint.pth")
+        if variant is not None:
+            text = (tmp_path / "variant.yml").read_text()
+            (tmp_path / "variant.yml").write_text(variant(text))
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda c: c["model"].pop("encoder.norm.bias"), "missing encoder.norm.bias"),
+            (lambda c: c["model"].update({"encoder.extra": torch.zeros(1)}), "do not have: encoder.extra"),
+            (lambda c: c["model"].update({"encoder.norm.bias": torch.zeros(3)}), r"encoder.norm.bias is \(3,\)"),
+            (lambda c: c["model"].pop("encoder.patch_embed.proj.weight"), "lacks 'encoder.patch_embed.proj.weight'"),
+            (lambda c: c.pop("model"), 'needed a dict with the parameters under "model"'),
+            (
+                lambda c: c["model"].update(
+                    {"decoder.net.layers.0.fn.to_out.weight": c["model"].pop("decoder.head.weight")}
+                ),
+                "contract-and-broadcast",
+            ),
+        ],
+    )
+    def test_parameters_that_do_not_fit_are_refused(self, tmp_path, change, message):
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(self.copy(tmp_path, change))
+
+    def test_code_in_the_checkpoint_is_not_run(self, tmp_path):
+        folder, witness = self.copy(tmp_path / "model"), tmp_path / "witness"
+
+        class Attack:
+            def __reduce__(self):
+                return (Path.touch, (witness,))
+
+        torch.save({"model": Attack()}, folder / "checkpoint.pth")
+        with pytest.raises(ValueError, match="holds code, which is never run"):
+            convert_checkpoint(folder)
+        assert not witness.exists()
+
+    def test_code_in_the_variant_is_not_run(self, tmp_path):
+        witness = tmp_path / "witness"
+        attack = f"log_dir: !!python/object/apply:os.mkdir [{witness}]"
+        folder = self.copy(tmp_path / "model", variant=lambda text: text.replace("log_dir: log", attack))
+        assert attack in (folder / "variant.yml").read_text()
+        with pytest.raises(ValueError, match="is not YAML of plain values"):
+            convert_checkpoint(folder)
+        assert not witness.exists()
+
+    def test_missing_files_are_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"checkpoint\.pth does not exist"):
+            convert_checkpoint(tmp_path)
+        shutil.copy(PUBLISHED / "ca_vit" / "checkpoint.pth", tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"variant\.yml does not exist"):
+            convert_checkpoint(tmp_path / "checkpoint.pth")
+
+    def test_a_garbage_file_is_refused(self, tmp_path):
+        folder = self.copy(tmp_path)
+        torch.save(io.BytesIO(b"x").getvalue(), folder / "checkpoint.pth")
+        with pytest.raises(ValueError, match="needed a dict"):
+            convert_checkpoint(folder)
+
+    def test_unknown_normalisation_is_refused(self, tmp_path):
+        folder = self.copy(tmp_path, variant=lambda text: text.replace("normalization: deit", "normalization: clip"))
+        with pytest.raises(ValueError, match="normalization='clip'"):
+            convert_checkpoint(folder)
+
+
+def test_class_names_follow_dataset_and_count(tmp_path):
+    """ADE20K's 150 names where the head has 150 classes; none where the count differs (the stored models)."""
+    shutil.copytree(PUBLISHED / "segmenter_linear", tmp_path, dirs_exist_ok=True)
+    content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    content["model"]["decoder.head.weight"] = torch.zeros(150, 48)
+    content["model"]["decoder.head.bias"] = torch.zeros(150)
+    torch.save(content, tmp_path / "checkpoint.pth")
+    model, _ = convert_checkpoint(tmp_path)
+    assert (model.config.id2label[0], model.config.id2label[149], model.config.label2id["wall"]) == ("wall", "flag", 0)
+    model, _ = convert_checkpoint(PUBLISHED / "segmenter_linear")
+    assert model.config.id2label[5] == "LABEL_5"
+
+
+class TestEncoders:
+    @pytest.mark.parametrize("distilled", [False, True])
+    def test_timm(self, distilled):
+        torch.manual_seed(0)
+        kind = timm.models.deit.VisionTransformerDistilled if distilled else timm.models.VisionTransformer
+        source = kind(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, num_classes=7).eval()
+        model = tiny_model(layer_norm_eps=1e-6, use_distillation_token=distilled)
+        load_encoder(model, source.state_dict())
+        image = torch.randn(1, 3, 32, 32)
+        expected = source.forward_features(image)[:, 1 + distilled :]
+        torch.testing.assert_close(model.encoder(image, LayerRecord())[0], expected, atol=2e-6, rtol=1e-5)
+
+    def vit(self, **overrides):
+        torch.manual_seed(0)
+        fields = {
+            "image_size": 32,
+            "patch_size": 8,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "intermediate_size": 48,
+        }
+        return ViTForImageClassification(ViTConfig(**(fields | overrides))).eval()
+
+    def test_transformers_vit_with_a_head(self, tmp_path):
+        source = self.vit()
+        model = tiny_model(layer_norm_eps=1e-12)
+        image = torch.randn(1, 3, 32, 32)
+        expected = source.vit(image).last_hidden_state[:, 1:]
+        load_encoder(model, source.state_dict())
+        torch.testing.assert_close(model.encoder(image, LayerRecord())[0], expected, atol=2e-6, rtol=1e-5)
+
+        # Files on the Hub carry the names of older releases.
+        source.save_pretrained(tmp_path)
+        stored = load_file(tmp_path / "model.safetensors")
+        assert "vit.encoder.layer.0.attention.attention.query.weight" in stored
+        from_file = tiny_model(layer_norm_eps=1e-12)
+        load_encoder(from_file, stored)
+        assert torch.equal(from_file.encoder(image, LayerRecord())[0], model.encoder(image, LayerRecord())[0])
+
+    def test_transformers_deit(self):
+        torch.manual_seed(0)
+        source = DeiTModel(
+            DeiTConfig(
+                image_size=32,
+                patch_size=8,
+                hidden_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=3,
+                intermediate_size=48,
+            )
+        ).eval()
+        model = tiny_model(layer_norm_eps=1e-12, use_distillation_token=True)
+        load_encoder(model, source.state_dict())
+        image = torch.randn(1, 3, 32, 32)
+        expected = source(image).last_hidden_state[:, 2:]
+        torch.testing.assert_close(model.encoder(image, LayerRecord())[0], expected, atol=2e-6, rtol=1e-5)
+
+    def test_positions_are_resized_to_the_models_grid(self):
+        source = self.vit(image_size=16).state_dict()
+        model = tiny_model()
+        load_encoder(model, source)
+        grid = source["vit.embeddings.position_embeddings"][:, 1:].transpose(1, 2).unflatten(2, (2, 2))
+        expected = resize_bilinear(grid, (4, 4)).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(model.encoder.embeddings.position_embeddings[:, 1:], expected)
+
+    def test_another_architecture_is_refused(self):
+        with pytest.raises(ValueError, match=r"do not have: encoder\.layer1"):
+            load_encoder(tiny_model(), {"layer1.weight": torch.zeros(1)})
+        with pytest.raises(ValueError, match="The weights do not fit the model: missing embeddings"):
+            load_encoder(tiny_model(), {"norm.weight": torch.zeros(24)})
+
+    def test_a_distilled_source_for_a_plain_model_is_refused(self):
+        with pytest.raises(ValueError, match="check `use_distillation_token`"):
+            load_encoder(DepictForSemanticSegmentation(tiny_config()), {"pos_embed": torch.zeros(1, 18, 24)})
+
+
+def test_read_checkpoint_returns_published_names():
+    assert "decoder.snet.layers.0.fn.step_size" in read_checkpoint(PUBLISHED / "ca_vit" / "checkpoint.pth")

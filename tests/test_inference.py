@@ -1,0 +1,134 @@
+"""The protocol, step by step in plain tensor operations, against `segment`."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+
+from depict_hf import DepictImageProcessor
+from depict_hf.inference import load_photo, segment
+
+
+@pytest.fixture
+def photo() -> PIL.Image.Image:
+    """A smooth random photograph of 50 x 70 (height x width)."""
+    noise = np.random.default_rng(0).integers(0, 256, (10, 14, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(noise).resize((70, 50), PIL.Image.Resampling.BICUBIC)
+
+
+def window_model(**overrides):
+    return tiny_model("ca", window_size=32, window_stride=20, **overrides)
+
+
+def resize(image, size):
+    return F.interpolate(image, size, mode="bilinear", align_corners=False)
+
+
+def test_single_scale_goes_by_way_of_the_inputs_size(photo, image_processor):
+    model = window_model()
+    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float()
+    pixels = (resize(pixels, (32, 45)).round() / 255 - 0.5) / 0.5
+    expected = resize(model(pixels).logits, (50, 70)).argmax(dim=1)[0]
+    [segmentation] = segment(model, image_processor, [photo])
+    assert segmentation.dtype == torch.int64
+    assert torch.equal(segmentation, expected)
+
+    # One window: logits on the patch grid, which are brought to the window's size first.
+    square = photo.crop((0, 0, 50, 50))
+    pixels = image_processor(square, return_tensors="pt")["pixel_values"]
+    expected = resize(resize(model(pixels).logits, (32, 32)), (50, 50)).argmax(dim=1)[0]
+    assert torch.equal(segment(model, image_processor, [square])[0], expected)
+
+
+def test_scales_and_flips_are_averaged_as_probabilities(photo, image_processor):
+    """At scale 0.5 the image (16 x 22) is enlarged to the window; mirror images are mirrored back."""
+    model = window_model()
+    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float()
+    total = 0
+    for size, enlarged in (((16, 22), (32, 44)), ((48, 67), (48, 67))):
+        scaled = (resize(pixels, size).round() / 255 - 0.5) / 0.5
+        for mirror in (False, True):
+            image = resize(scaled.flip(-1) if mirror else scaled, enlarged)
+            logits = resize(model(image).logits, (50, 70))
+            total = total + (logits.flip(-1) if mirror else logits).softmax(dim=1)
+    [segmentation] = segment(model, image_processor, [photo], scales=(0.5, 1.5), flip=True)
+    assert (segmentation == total.argmax(dim=1)[0]).float().mean() > 0.999
+
+
+def test_a_mirrored_photograph_gives_the_mirrored_map(photo, image_processor):
+    model = tiny_model()
+    mirrored = photo.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
+    plain, back = segment(model, image_processor, [photo, mirrored], flip=True)
+    assert (plain.flip(-1) == back).float().mean() > 0.99
+
+
+def test_paths_arrays_and_images_agree(photo, image_processor, tmp_path):
+    photo.save(tmp_path / "photo.png")
+    maps = segment(tiny_model(), image_processor, [photo, np.array(photo), tmp_path / "photo.png"])
+    assert torch.equal(maps[0], maps[1]) and torch.equal(maps[0], maps[2])
+
+
+def test_photographs_are_turned_upright(photo, image_processor, tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to view
+    photo.save(tmp_path / "turned.png", exif=exif)
+    upright = photo.transpose(PIL.Image.Transpose.ROTATE_270)
+    assert np.array_equal(np.array(load_photo(tmp_path / "turned.png")), np.array(upright))
+    expected, from_file, from_image = segment(
+        tiny_model(),
+        image_processor,
+        [upright, str(tmp_path / "turned.png"), PIL.Image.open(tmp_path / "turned.png")],
+    )
+    assert expected.shape == (70, 50)
+    assert torch.equal(from_file, expected) and torch.equal(from_image, expected)
+
+
+def test_a_fixed_size_and_a_longest_edge_scale_too(photo):
+    model = tiny_model()
+    for size in ({"height": 32, "width": 40}, {"shortest_edge": 32, "longest_edge": 40}):
+        [segmentation] = segment(model, DepictImageProcessor(size=size), [photo], scales=(1.0, 2.0))
+        doubled = {name: 2 * side for name, side in size.items()}
+        logits = []
+        for each in (size, doubled):
+            pixels = DepictImageProcessor(size=each)(photo, return_tensors="pt")["pixel_values"]
+            logits.append(resize(resize(model(pixels).logits, pixels.shape[-2:]), (50, 70)).softmax(dim=1))
+        assert torch.equal(segmentation, (logits[0] + logits[1]).argmax(dim=1)[0])
+
+
+def test_sixteen_bit_photographs_keep_their_contrast(tmp_path):
+    ramp = np.linspace(0, 65535, 40 * 50).reshape(40, 50).astype(np.uint16)
+    PIL.Image.fromarray(ramp).save(tmp_path / "deep.png")
+    pixels = np.array(load_photo(tmp_path / "deep.png"))
+    assert pixels.shape == (40, 50, 3)
+    assert np.array_equal(pixels[..., 0], np.round(ramp / 257).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        ("photo.png", {}, r"Got one str, needed a list of photographs"),
+        ([np.zeros((4, 5), np.uint8)], {}, r"shape \(4, 5\) and dtype uint8, needed uint8 \(height, width, 3\)"),
+        ([np.zeros((4, 5, 3))], {}, "dtype float64"),
+        ([torch.zeros(3, 4, 5)], {}, "Got a Tensor, needed a PIL image"),
+        ([], {"scales": ()}, "needed one or more positive numbers"),
+        ([], {"scales": (1.0, -1.0)}, "needed one or more positive numbers"),
+    ],
+)
+def test_wrong_arguments_are_refused(images, options, message, image_processor):
+    with pytest.raises(ValueError, match=message):
+        segment(tiny_model(), image_processor, images, **options)
+
+
+def test_training_mode_and_scales_without_resizing_are_refused(photo):
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        segment(tiny_model().train(), DepictImageProcessor(), [photo])
+    with pytest.raises(ValueError, match="does not resize"):
+        segment(tiny_model(), DepictImageProcessor(do_resize=False), [photo], scales=(0.5,))
+
+
+def test_unreadable_files_raise_oserror(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff not a photograph")
+    with pytest.raises(OSError):
+        load_photo(tmp_path / "broken.jpg")

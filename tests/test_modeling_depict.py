@@ -1,0 +1,248 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config, tiny_model
+from transformers import AutoModelForSemanticSegmentation, BeitConfig, Dinov2Config, DINOv3ViTConfig, SwinConfig
+from transformers.modeling_outputs import SemanticSegmenterOutput
+
+from depict_hf import DepictForSemanticSegmentation
+from depict_hf.modeling_depict import segmentation_loss
+
+LABELS = torch.randint(0, 5, (2, 32, 48), generator=torch.Generator().manual_seed(2))
+
+
+def test_logits_lie_on_the_patch_grid(pixel_values, decoder_type):
+    """Row-major: a change in the bottom right patch of the input changes that patch's logits most."""
+    model = tiny_model(decoder_type)
+    logits = model(pixel_values).logits
+    assert logits.shape == (2, 5, 4, 6)
+    changed = pixel_values.clone()
+    changed[..., 24:, 40:] += 3
+    difference = (model(changed).logits - logits).abs().amax(dim=1)
+    assert (difference.flatten(1).argmax(dim=1) == 23).all()
+
+
+def test_other_sizes_are_padded_upsampled_and_cropped(decoder_type):
+    model = tiny_model(decoder_type)
+    image = torch.randn(1, 3, 30, 41)
+    padded = F.pad(image, (0, 7, 0, 2))
+    expected = F.interpolate(model(padded).logits, (32, 48), mode="bilinear")[..., :30, :41]
+    torch.testing.assert_close(model(image).logits, expected)
+
+
+def test_images_of_a_batch_do_not_mix(pixel_values, decoder_type):
+    model = tiny_model(decoder_type)
+    together = model(pixel_values).logits
+    torch.testing.assert_close(model(pixel_values[1:]).logits, together[1:], atol=1e-5, rtol=1e-4)
+
+
+def test_loss_is_cross_entropy_at_the_labels_size(pixel_values):
+    model = tiny_model()
+    labels = LABELS.clone()
+    labels[:, :5] = 255
+    output = model(pixel_values, labels=labels)
+    logits = F.interpolate(output.logits, (32, 48), mode="bilinear")
+    torch.testing.assert_close(output.loss, F.cross_entropy(logits, labels, ignore_index=255))
+
+
+def test_a_batch_without_labelled_pixels_has_zero_loss_and_gradient(pixel_values):
+    model = tiny_model()
+    loss = model(pixel_values, labels=torch.full((2, 32, 48), 255)).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("label", "ignore"), [(5, 255), (-1, 255), (255, -100)])
+def test_labels_that_are_no_class_are_refused(pixel_values, label, ignore):
+    labels = LABELS.clone()
+    labels[0, 3, 4] = label
+    model = tiny_model(semantic_loss_ignore_index=ignore)
+    with pytest.raises(ValueError, match=rf"Got labels \[{label}\], needed ids from 0 to 4 or {ignore}"):
+        model(pixel_values, labels=labels)
+
+
+@pytest.mark.parametrize("labels", [LABELS[:1], LABELS.float(), LABELS[:, None]])
+def test_labels_of_another_form_are_refused(pixel_values, labels):
+    with pytest.raises(ValueError, match=r"needed integers of shape \(2, height, width\)"):
+        tiny_model()(pixel_values, labels=labels)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 4, 32, 32)])
+def test_pixel_values_of_another_form_are_refused(shape):
+    with pytest.raises(ValueError, match=r"needed \(batch, 3, height, width\)"):
+        tiny_model()(torch.zeros(shape))
+
+
+def test_half_precision_loss_is_computed_in_float32():
+    logits = torch.randn(1, 5, 4, 6, dtype=torch.bfloat16)
+    assert segmentation_loss(logits, LABELS[:1], 255).dtype == torch.float32
+
+
+class TestLayers:
+    def test_hidden_states_and_attentions_are_told_apart(self, pixel_values):
+        model = tiny_model("ca", num_hidden_layers=3)
+        output = model(pixel_values, output_hidden_states=True, output_attentions=True)
+        assert isinstance(output, SemanticSegmenterOutput)
+        lengths = {name: len(output[name]) for name in output if name != "logits"}
+        assert lengths == {
+            "hidden_states": 4,
+            "attentions": 3,
+            "decoder_hidden_states": 3,
+            "decoder_attentions": 2,
+            "cross_hidden_states": 3,
+            "cross_attentions": 2,
+        }
+        assert output.attentions[0].shape == (2, 3, 25, 25)
+        assert output.decoder_attentions[0].shape == (2, 2, 24, 24)
+        assert output.cross_attentions[0].shape == (2, 2, 5, 24)
+        for weights in (*output.attentions, *output.decoder_attentions, *output.cross_attentions):
+            torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
+
+    def test_asking_changes_no_logits(self, pixel_values, decoder_type):
+        model = tiny_model(decoder_type)
+        asked = model(pixel_values, output_attentions=True, output_hidden_states=True).logits
+        torch.testing.assert_close(model(pixel_values).logits, asked, atol=1e-5, rtol=1e-4)
+
+    def test_decoder_states_join_encoder_and_logits(self, pixel_values):
+        """The decoder's first state is the encoder's normalised patches; its last leads to the logits."""
+        model = tiny_model("sa")
+        output = model(pixel_values, output_hidden_states=True)
+        patches = model.encoder.norm(output.hidden_states[-1])[:, 1:]
+        torch.testing.assert_close(output.decoder_hidden_states[0][:, :24], patches)
+        assert output.decoder_attentions is None
+        tokens = F.normalize(model.decoder.norm(output.decoder_hidden_states[-1]), dim=-1)
+        similarities = tokens[:, :24] @ tokens[:, 24:].transpose(1, 2)
+        expected = model.decoder.mask_norm(similarities).transpose(1, 2).view(2, 5, 4, 6)
+        torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-4)
+
+    def test_tuples_hold_the_same_values(self, pixel_values):
+        model = tiny_model("ca")
+        arguments = {"labels": LABELS, "output_hidden_states": True, "output_attentions": True}
+        expected = model(pixel_values, **arguments).to_tuple()
+        output = model(pixel_values, **arguments, return_dict=False)
+        assert len(output) == 8
+        torch.testing.assert_close(output, expected)
+
+
+class TestWindows:
+    def window_model(self, **overrides):
+        return tiny_model("ca", **({"window_size": 32, "window_stride": 20} | overrides))
+
+    def test_windows_are_averaged_at_the_inputs_size(self):
+        """Against a loop that runs each window alone; 45 x 71 needs 2 x 3 windows for each of three images."""
+        model = self.window_model()
+        images = torch.randn(3, 3, 45, 71)
+        total, count = torch.zeros(3, 5, 45, 71), torch.zeros(45, 71)
+        for top in (0, 13):
+            for left in (0, 20, 39):
+                area = (..., slice(top, top + 32), slice(left, left + 32))
+                total[area] += F.interpolate(model(images[area]).logits, (32, 32), mode="bilinear")
+                count[area[1:]] += 1
+        torch.testing.assert_close(model(images).logits, total / count, atol=1e-5, rtol=1e-4)
+
+    def test_an_input_of_one_window_stays_on_the_patch_grid(self):
+        assert self.window_model()(torch.randn(1, 3, 32, 32)).logits.shape == (1, 5, 4, 4)
+
+    def test_a_side_shorter_than_the_window_is_enlarged(self):
+        model = self.window_model()
+        image = torch.randn(1, 3, 24, 50)
+        enlarged = F.interpolate(image, (32, 66), mode="bilinear")
+        expected = F.interpolate(model(enlarged).logits, (24, 50), mode="bilinear")
+        torch.testing.assert_close(model(image).logits, expected)
+
+    def test_the_stride_defaults_to_the_window(self):
+        image = torch.randn(1, 3, 32, 64)
+        expected = self.window_model(window_stride=32)(image).logits
+        torch.testing.assert_close(self.window_model(window_stride=None)(image).logits, expected)
+
+    def test_training_and_a_cleared_window_size_use_the_whole_image(self):
+        model, image = self.window_model(), torch.randn(1, 3, 32, 64)
+        assert model.train()(image).logits.shape == (1, 5, 4, 8)
+        model.eval().config.window_size = None
+        assert model(image).logits.shape == (1, 5, 4, 8)
+
+    def test_layers_of_windows_are_refused(self):
+        with pytest.raises(ValueError, match="window_size = None"):
+            self.window_model()(torch.randn(1, 3, 32, 64), output_attentions=True)
+
+    def test_loss_of_windows(self):
+        model, labels = self.window_model(), LABELS[:1, :, :40]
+        output = model(torch.randn(1, 3, 32, 40), labels=labels)
+        torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, labels))
+
+
+BACKBONES = {
+    "dinov2": Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32),
+    "dinov3": DINOv3ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        patch_size=8,
+        image_size=32,
+        num_register_tokens=4,
+    ),
+    "beit": BeitConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        patch_size=8,
+        image_size=32,
+        use_relative_position_bias=True,
+        reshape_hidden_states=True,
+    ),
+}
+
+
+class TestBackbones:
+    @pytest.mark.parametrize("name", BACKBONES)
+    def test_the_decoder_reads_the_last_feature_map_row_by_row(self, name):
+        torch.manual_seed(0)
+        model = DepictForSemanticSegmentation(tiny_config("linear", backbone_config=BACKBONES[name])).eval()
+        image = torch.randn(1, 3, 32, 40)
+        feature_map = model.encoder.backbone(image).feature_maps[-1]
+        expected = torch.einsum("bdhw,cd->bchw", feature_map, model.decoder.classifier.weight)
+        torch.testing.assert_close(model(image).logits, expected, atol=1e-5, rtol=1e-4)
+
+    def test_attentions_are_there_and_the_implementation_is_restored(self):
+        model = DepictForSemanticSegmentation(tiny_config(backbone_config=BACKBONES["dinov2"])).eval()
+        before = model.encoder.backbone.config._attn_implementation
+        output = model(torch.randn(1, 3, 32, 40), output_attentions=True, output_hidden_states=True)
+        assert before == "sdpa" == model.encoder.backbone.config._attn_implementation
+        assert [weights.shape for weights in output.attentions] == [(1, 2, 21, 21)] * 2
+        assert len(output.hidden_states) == 3
+
+    def test_a_pyramid_is_refused(self):
+        config = tiny_config(backbone_config=SwinConfig(image_size=32, patch_size=4, embed_dim=12, depths=[1, 1]))
+        model = DepictForSemanticSegmentation(config)
+        with pytest.raises(
+            ValueError, match=r"'swin' returned a feature map of shape .* DEPICT needs a plain patch grid"
+        ):
+            model(torch.randn(1, 3, 32, 32))
+
+    def test_save_and_load(self, tmp_path):
+        model = DepictForSemanticSegmentation(tiny_config(backbone_config=BACKBONES["dinov2"])).eval()
+        image = torch.randn(1, 3, 32, 40)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
+        assert torch.equal(loaded(image).logits, model(image).logits)
+
+
+def test_save_and_load_keep_every_value(tmp_path, pixel_values, decoder_type):
+    """Fails if a bare parameter (tokens, projections, step sizes) is re-initialised on loading."""
+    model = tiny_model(decoder_type, use_distillation_token=True)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
+
+
+def test_half_precision_stays_close(pixel_values, decoder_type):
+    model = tiny_model(decoder_type)
+    expected = model(pixel_values).logits
+    logits = model.to(torch.bfloat16)(pixel_values).logits
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - expected).abs().mean() < 0.1 * expected.std()

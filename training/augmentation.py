@@ -1,0 +1,176 @@
+"""Joint random transforms of one photograph and its label map, for training.
+
+Images are uint8 `(3, height, width)` (float32 in 0 to 255 where a transform says so), labels int64 `(height, width)`.
+Randomness comes only from the `torch.Generator` that is passed in.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvf
+
+IGNORE_INDEX = 255
+
+
+@dataclass(frozen=True)
+class TrainingAugmentation:
+    """Random scale, crop, flip and colours, then normalisation and padding, in the published order.
+
+    Args:
+        size: Pixels of the shorter side at ratio 1, at most.
+        crop_size: Side in pixels of the square result.
+        mean: Of each channel, for values in 0 to 1.
+        std: Of each channel, for values in 0 to 1.
+        long_side_factor: The longer side is at most this times `size` at ratio 1.
+        scale_range: Bounds of the uniform random ratio.
+        photometric: Whether to distort colours.
+
+    Source:
+        segm/data/config/ade20k.py in rstrudel/segmenter@20d1bfa (pipeline of mmsegmentation 0.14).
+    """
+
+    size: int
+    crop_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    long_side_factor: float = 4.0
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    photometric: bool = True
+
+    def __call__(self, image: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Returns the image normalised, float32 `(3, crop_size, crop_size)`, and labels `(crop_size, crop_size)`."""
+        image, labels = random_resize(
+            image, labels, self.size, self.long_side_factor * self.size, self.scale_range, generator
+        )
+        image, labels = random_crop(image, labels, self.crop_size, generator)
+        image, labels = random_flip(image, labels, generator)
+        image = image.float()
+        if self.photometric:
+            image = photometric_distortion(image, generator)
+        image = normalize(image, self.mean, self.std)
+        return pad(image, labels, self.crop_size)
+
+
+def random_resize(
+    image: Tensor,
+    labels: Tensor,
+    short_side: float,
+    long_side: float,
+    scale_range: tuple[float, float],
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Resize to fit `short_side` and `long_side` pixels times a random ratio, keeping the aspect ratio.
+
+    Source:
+        `Resize` with `ratio_range`, mmseg/datasets/pipelines/transforms.py, and `imrescale` of mmcv: bilinear without
+        antialiasing for the image, nearest (rounding down) for the labels.
+    """
+    ratio = _uniform(*scale_range, generator)
+    height, width = labels.shape
+    scale = min(int(long_side * ratio) / max(height, width), int(short_side * ratio) / min(height, width))
+    size = [max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))]
+    image = tvf.resize(image, size, antialias=False)
+    rows, columns = (torch.arange(new) * old // new for old, new in zip((height, width), size, strict=True))
+    return image, labels[rows][:, columns]
+
+
+def random_crop(
+    image: Tensor,
+    labels: Tensor,
+    crop_size: int,
+    generator: torch.Generator,
+    max_class_share: float = 0.75,
+    tries: int = 10,
+) -> tuple[Tensor, Tensor]:
+    """Cut a random square, smaller where the image is; the last try is taken when none is varied enough.
+
+    Args:
+        max_class_share: A try is taken when it holds two classes or more and none covers this share of its labelled
+            pixels.
+
+    Source:
+        `RandomCrop` with `cat_max_ratio`, mmseg/datasets/pipelines/transforms.py.
+    """
+    height, width = labels.shape
+    for _ in range(tries):
+        top, left = (
+            int(torch.randint(max(length - crop_size, 0) + 1, (), generator=generator)) for length in (height, width)
+        )
+        crop = labels[top : top + crop_size, left : left + crop_size]
+        counts = torch.bincount(crop[crop != IGNORE_INDEX])
+        if (counts > 0).sum() > 1 and counts.max() < max_class_share * counts.sum():
+            break
+    return image[:, top : top + crop_size, left : left + crop_size], crop
+
+
+def random_flip(image: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mirror left and right with probability one half."""
+    if _coin(generator):
+        return image.flip(-1), labels.flip(-1)
+    return image, labels
+
+
+def photometric_distortion(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Change brightness, contrast, saturation and hue, each with probability one half.
+
+    Args:
+        image: Float, 0 to 255. Brightness moves by up to 32, contrast and saturation are scaled by 0.5 to 1.5, hue
+            turns by up to 18/180 of the circle. Contrast comes before or after the colour steps.
+
+    Source:
+        `PhotoMetricDistortion`, mmseg/datasets/pipelines/transforms.py; here values stay fractional between steps.
+    """
+    if _coin(generator):
+        image = (image + _uniform(-32.0, 32.0, generator)).clamp(0, 255)
+    contrast_first = _coin(generator)
+    if contrast_first:
+        image = _random_contrast(image, generator)
+    if _coin(generator):
+        image = scale_saturation(image, _uniform(0.5, 1.5, generator))
+    if _coin(generator):
+        image = tvf.adjust_hue(image / 255, _uniform(-18.0, 18.0, generator) / 180) * 255
+    if not contrast_first:
+        image = _random_contrast(image, generator)
+    return image
+
+
+def scale_saturation(image: Tensor, factor: float) -> Tensor:
+    """Multiply the saturation of HSV by `factor`, up to full saturation, at the same hue and value.
+
+    Args:
+        image: `(3, height, width)`, any range that starts at 0.
+    """
+    value = image.amax(dim=0, keepdim=True)
+    chroma = value - image.amin(dim=0, keepdim=True)
+    # At full saturation the smallest channel is 0: it must not be scaled beyond.
+    limit = value / chroma.clamp(min=1e-6)
+    return value - (value - image) * limit.clamp(max=factor)
+
+
+def normalize(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Bring values in 0 to 255 to mean 0 and deviation 1, given both for values in 0 to 1."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    return (image / 255 - mean) / std
+
+
+def pad(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Fill up to `size` x `size` pixels at the bottom and right: the image with 0, the labels with 255."""
+    height, width = labels.shape
+    padding = (0, max(size - width, 0), 0, max(size - height, 0))
+    return F.pad(image, padding), F.pad(labels, padding, value=IGNORE_INDEX)
+
+
+def _random_contrast(image: Tensor, generator: torch.Generator) -> Tensor:
+    if _coin(generator):
+        return (image * _uniform(0.5, 1.5, generator)).clamp(0, 255)
+    return image
+
+
+def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
+def _coin(generator: torch.Generator) -> bool:
+    return bool(torch.rand((), generator=generator) < 0.5)

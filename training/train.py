@@ -1,0 +1,189 @@
+"""Train a recipe: `python -m training.train RECIPE DATASET OUTPUT [--backbone NAME] [--resume] [field=value ...]`."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, TrainingArguments, set_seed
+from transformers.integrations import is_tensorboard_available
+from transformers.trainer_utils import get_last_checkpoint
+
+from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImageProcessor
+
+from .augmentation import TrainingAugmentation
+from .data import EvaluationDataset, SegmentationDataset, TrainingDataset, get_split, load_dataset_splits
+from .evaluate import environment, evaluate, render_table, write_json
+from .recipes import Recipe, get_recipe
+from .trainer import SegmentationTrainer
+
+
+def build_model(recipe: Recipe) -> DepictForSemanticSegmentation:
+    """The recipe's model, float32: the pretrained encoder, frozen if so asked, and a new decoder.
+
+    Raises:
+        OSError: If the backbone cannot be loaded.
+        ValueError: If weights of the backbone are missing.
+    """
+    config = DepictConfig(
+        backbone_config=AutoConfig.from_pretrained(recipe.backbone),
+        decoder_type=recipe.decoder_type,
+        id2label=dict(enumerate(recipe.class_names)),
+        label2id={name: index for index, name in enumerate(recipe.class_names)},
+        window_size=recipe.window_size,
+        window_stride=recipe.window_stride,
+    )
+    model = DepictForSemanticSegmentation(config)
+    # `AutoBackbone.from_pretrained` takes a local folder for the name of a timm model; the class itself does not.
+    backbone_class = type(model.encoder.backbone)
+    model.encoder.backbone, loading = backbone_class.from_pretrained(
+        recipe.backbone, config=model.encoder.backbone.config, dtype=torch.float32, output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"{recipe.backbone} lacks weights of {backbone_class.__name__}, among them "
+            f"{sorted(loading['missing_keys'])[:5]}; choose a checkpoint of that architecture."
+        )
+    model.encoder.requires_grad_(not recipe.freeze_encoder)
+    return model
+
+
+def build_image_processor(recipe: Recipe) -> DepictImageProcessor:
+    """The processor that prepares photographs as the recipe evaluates them."""
+    return DepictImageProcessor(
+        size={"shortest_edge": recipe.size},
+        image_mean=list(recipe.image_mean),
+        image_std=list(recipe.image_std),
+        do_reduce_labels=recipe.reduce_labels,
+    )
+
+
+def build_samples(recipe: Recipe, splits, name: str) -> SegmentationDataset:
+    """Photographs and label maps of one split, at their own size.
+
+    Raises:
+        ValueError: If the split does not exist, or its columns are neither given nor found.
+    """
+    return SegmentationDataset(
+        get_split(splits, name),
+        len(recipe.class_names),
+        recipe.image_column,
+        recipe.label_column,
+        recipe.reduce_labels,
+    )
+
+
+def build_trainer(recipe: Recipe, splits, output: Path) -> SegmentationTrainer:
+    """Everything that training needs, with checkpoints and logs in `output`.
+
+    Raises:
+        ValueError: If the data do not suit the recipe, or the batch cannot be divided among the processes.
+    """
+    set_seed(recipe.seed)
+    image_processor = build_image_processor(recipe)
+    augmentation = TrainingAugmentation(
+        size=recipe.size,
+        crop_size=recipe.crop_size,
+        mean=recipe.image_mean,
+        std=recipe.image_std,
+        long_side_factor=recipe.long_side_factor,
+        scale_range=recipe.scale_range,
+        photometric=recipe.photometric,
+    )
+    training = TrainingDataset(build_samples(recipe, splits, recipe.train_split), augmentation, recipe.seed)
+    validation = EvaluationDataset(build_samples(recipe, splits, recipe.validation_split), image_processor)
+    arguments = training_arguments(recipe, output, len(training))
+    return SegmentationTrainer(
+        recipe,
+        model=build_model(recipe),
+        args=arguments,
+        train_dataset=training,
+        eval_dataset=validation,
+        processing_class=image_processor,
+    )
+
+
+def training_arguments(recipe: Recipe, output: Path, num_images: int) -> TrainingArguments:
+    """`Trainer`'s view of the recipe; optimiser, rates and schedule are `SegmentationTrainer`'s own."""
+    steps = recipe.steps_per_epoch(num_images) * recipe.evaluate_every_epochs
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=recipe.epochs,
+        gradient_accumulation_steps=recipe.accumulation_steps,
+        dataloader_drop_last=True,
+        dataloader_num_workers=recipe.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        learning_rate=recipe.learning_rate,
+        max_grad_norm=recipe.max_grad_norm,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=recipe.precision == "bf16",
+        seed=recipe.seed,
+        eval_strategy="steps",
+        eval_steps=steps,
+        save_strategy="steps",
+        save_steps=steps,
+        save_total_limit=2,
+        logging_steps=10,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="tensorboard" if is_tensorboard_available() else "none",
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+    arguments.per_device_train_batch_size = recipe.images_per_pass(arguments.world_size)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
+    parser.add_argument("recipe", help="a function of training.recipes")
+    parser.add_argument("dataset", help="Hub name, or local folder laid out like a Hub dataset")
+    parser.add_argument("output", type=Path, help="folder for checkpoints, records and the trained model")
+    parser.add_argument("--backbone", help="path or Hub name of the encoder; the recipe's own if omitted")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT, if any")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the recipe")
+    arguments = parser.parse_intermixed_args(argv)
+    # Lines reach a log file as they are printed, not when a buffer is full.
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        recipe = get_recipe(arguments.recipe).override(arguments.overrides)
+        if arguments.backbone is not None:
+            recipe = dataclasses.replace(recipe, backbone=arguments.backbone)
+        checkpoint = find_checkpoint(arguments.output, arguments.resume)
+        splits = load_dataset_splits(arguments.dataset)
+        test = build_samples(recipe, splits, recipe.test_split)
+        trainer = build_trainer(recipe, splits, arguments.output)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if trainer.is_world_process_zero():
+        record = {"recipe": dataclasses.asdict(recipe), "dataset": arguments.dataset, "environment": environment()}
+        write_json(record, arguments.output / "recipe.json")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model).eval()
+        record = evaluate(model, trainer.processing_class, test)
+        record |= {"model": str(arguments.output), "dataset": arguments.dataset, "split": recipe.test_split}
+        write_json(record, arguments.output / "evaluation.json")
+        print(render_table(record))
+    return 0
+
+
+def find_checkpoint(output: Path, resume: bool) -> str | None:
+    """Folder of the last checkpoint in `output`; None where there is none.
+
+    Raises:
+        ValueError: If there is one but the run is not to be resumed.
+    """
+    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if checkpoint is not None and not resume:
+        raise ValueError(
+            f"{output} holds {Path(checkpoint).name}; pass --resume to continue, or choose another folder."
+        )
+    return checkpoint
+
+
+if __name__ == "__main__":
+    sys.exit(main())
