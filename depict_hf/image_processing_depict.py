@@ -17,7 +17,7 @@ from transformers.utils import TensorType
 
 IGNORE_LABEL = 255
 SIZE_KEYS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
-MAP_MODES = ("1", "L", "P", "I", "F", "LA", "PA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N")
+MAP_MODES = ("1", "L", "P", "I", "F", "LA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 class DepictImageProcessorKwargs(ImagesKwargs, total=False):
@@ -339,7 +339,7 @@ def _label_map(segmentation_map, size: tuple[int, int]) -> torch.Tensor:
             f"Got a segmentation map of type {type(segmentation_map).__name__}; pass a PIL image, a numpy array or a "
             "torch tensor (open a path with PIL.Image.open)."
         )
-    ids = _single_channel(segmentation_map, size)
+    ids = _single_channel(segmentation_map)
     if ids.is_floating_point() and not torch.equal(ids, ids.round().nan_to_num()):
         raise ValueError(
             f"Got a segmentation map of {ids.dtype} with values that are no whole numbers; class ids are needed: do "
@@ -359,15 +359,12 @@ def _label_map(segmentation_map, size: tuple[int, int]) -> torch.Tensor:
     return ids
 
 
-def _single_channel(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Reduce a map with 1 to 4 equal channels, first or last, the 2nd or 4th being opaque alpha, to one channel.
-
-    `size`, the (height, width) of the image, tells whether the channels come first or last.
-    """
+def _single_channel(values: torch.Tensor) -> torch.Tensor:
+    """Reduce a map with 1 to 4 equal channels, first or last, the 2nd or 4th being opaque alpha, to one channel."""
     shape = tuple(values.shape)
     if values.ndim == 2:
         return values
-    if values.ndim == 3 and shape[1:] != size and (shape[:2] == size or shape[0] > 4):
+    if values.ndim == 3 and len(values) > 4:
         values = values.movedim(-1, 0)  # channels were last
     if values.ndim != 3 or not 1 <= len(values) <= 4:
         raise ValueError(

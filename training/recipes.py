@@ -193,7 +193,9 @@ def camvid_dinov2_small_sa() -> Recipe:
         size=672,
         scale_range=(0.5, 1.5),
         crop_size=392,
-        epochs=30,
+        window_size=392,
+        window_stride=280,
+        epochs=16,
         batch_size=8,
         learning_rate=1e-3,
         scale_rate_factor=10.0,
@@ -203,7 +205,7 @@ def camvid_dinov2_small_sa() -> Recipe:
         warmup_steps=50,
         max_grad_norm=1.0,
         precision="bf16",
-        evaluate_every_epochs=5,
+        evaluate_every_epochs=4,
         num_workers=1,
     )
 

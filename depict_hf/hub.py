@@ -1,0 +1,38 @@
+"""Trained models made small enough to ship."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from .image_processing_depict import DepictImageProcessor
+from .modeling_depict import DepictForSemanticSegmentation
+
+
+def save_half_precision(source: str | Path, folder: str | Path) -> None:
+    """Copy a model and its image processor with float16 weights and without the code that travels to the Hub.
+
+    Such a folder loads where this package is installed; it is the form of `depict_hf/default_model`. Use
+    `save_pretrained` or `push_to_hub` for one that also loads with `trust_remote_code=True` elsewhere.
+
+    Args:
+        source: Folder or Hub name of the model.
+        folder: Where to write; created if missing.
+
+    Raises:
+        ValueError: If a weight is too large for float16.
+    """
+    model = DepictForSemanticSegmentation.from_pretrained(source, dtype=torch.float32)
+    limit = torch.finfo(torch.float16).max
+    too_large = [name for name, value in model.state_dict().items() if value.abs().max() > limit]
+    if too_large:
+        raise ValueError(f"Weights of {', '.join(too_large[:5])} exceed float16's {limit:g}; keep float32.")
+    folder = Path(folder)
+    model.half().save_pretrained(folder)
+    DepictImageProcessor.from_pretrained(source).save_pretrained(folder)
+    for path in folder.glob("*.py"):
+        path.unlink()
+    for path in folder.glob("*.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings.pop("auto_map", None)
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

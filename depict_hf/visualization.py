@@ -1,0 +1,121 @@
+"""Label maps as pictures: palette images, overlays with a legend, and the share of each class."""
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+IGNORE_LABEL = 255
+Color = tuple[int, int, int]
+
+
+def label_image(segmentation, colors: list[Color]) -> PIL.Image.Image:
+    """Palette image whose pixel values are the class ids.
+
+    Args:
+        segmentation: `(height, width)` integer tensor or array; 255 marks pixels without a class, shown black.
+        colors: RGB in 0 to 255, by class id.
+
+    Raises:
+        ValueError: If an id has no colour.
+    """
+    ids = _ids(segmentation, len(colors))
+    image = PIL.Image.fromarray(ids.astype(np.uint8), mode="P")
+    palette = [value for color in colors[:256] for value in color]
+    image.putpalette(palette + [0] * (768 - len(palette)))
+    return image
+
+
+def overlay(
+    image: PIL.Image.Image,
+    segmentation,
+    colors: list[Color],
+    names: list[str] | None = None,
+    alpha: float = 0.5,
+) -> PIL.Image.Image:
+    """Photograph blended with the classes' colours, with a legend below it.
+
+    Args:
+        image: The photograph; converted to RGB.
+        segmentation: `(height, width)` integer tensor or array of the photograph's size; pixels of 255 stay as they
+            are.
+        colors: RGB in 0 to 255, by class id.
+        names: By class id, for a legend of the classes that occur, largest share first; without names there is none.
+        alpha: Weight of the colours, 0 to 1.
+
+    Returns:
+        RGB, as wide as the photograph (or a legend entry, if that is wider); the photograph is at the top left.
+
+    Raises:
+        ValueError: If sizes differ, an id has no colour or name, or `alpha` is out of its range.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"Got alpha={alpha}, needed 0 (photograph only) to 1 (colours only).")
+    ids = _ids(segmentation, len(colors))
+    if ids.shape != (image.height, image.width):
+        raise ValueError(
+            f"Got a label map of {ids.shape} for a photograph of {(image.height, image.width)} (height, width); "
+            "resize the logits to the photograph's size first."
+        )
+    photo = np.asarray(image.convert("RGB"), dtype=np.float32)
+    table = np.zeros((256, 3), dtype=np.float32)
+    table[: len(colors)] = colors[:256]
+    weight = np.where(ids == IGNORE_LABEL, 0.0, alpha).astype(np.float32)[..., None]
+    blended = PIL.Image.fromarray(np.rint(photo + weight * (table[ids] - photo)).astype(np.uint8))
+    return blended if names is None else _with_legend(blended, ids, colors, names)
+
+
+def class_shares(segmentation, names: list[str]) -> list[tuple[str, float]]:
+    """Name and share of the image, as a fraction, of every class that occurs, largest first.
+
+    Args:
+        segmentation: `(height, width)` integer tensor or array; pixels of 255 count to the image but to no class.
+        names: By class id.
+
+    Raises:
+        ValueError: If an id has no name.
+    """
+    return [(names[index], share) for index, share in _shares(_ids(segmentation, len(names)))]
+
+
+def _shares(ids: np.ndarray) -> list[tuple[int, float]]:
+    counts = np.bincount(ids.ravel(), minlength=256)[:IGNORE_LABEL]
+    return [(int(index), counts[index] / ids.size) for index in np.argsort(-counts, kind="stable") if counts[index]]
+
+
+def _ids(segmentation, num_classes: int) -> np.ndarray:
+    """`(height, width)` array of ids below `num_classes`, or 255."""
+    ids = np.asarray(segmentation.cpu() if hasattr(segmentation, "cpu") else segmentation)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise ValueError(f"Got a label map of shape {ids.shape} and {ids.dtype}, needed integers (height, width).")
+    wrong = np.unique(ids[((ids < 0) | (ids >= num_classes)) & (ids != IGNORE_LABEL)])
+    if wrong.size or num_classes > IGNORE_LABEL:
+        raise ValueError(
+            f"Got {num_classes} classes and the ids {wrong[:10].tolist()} beyond them, needed ids from 0 to "
+            f"{min(num_classes, IGNORE_LABEL) - 1}, or {IGNORE_LABEL}; pass the names and colours of all classes."
+        )
+    return ids
+
+
+def _with_legend(image: PIL.Image.Image, ids: np.ndarray, colors: list[Color], names: list[str]) -> PIL.Image.Image:
+    """Put a panel with one entry per class below the picture, in as many columns as fit."""
+    entries = [(colors[index], f"{names[index]} {100 * share:.1f} %") for index, share in _shares(ids)]
+    font_size = min(max(round(image.width / 40), 11), 48)
+    font = PIL.ImageFont.load_default(font_size)
+    swatch, gap = font_size, round(font_size / 2)
+    widest = max((font.getlength(text) for _, text in entries), default=0)
+    column_width = swatch + 3 * gap + round(widest)
+    num_columns = max(1, min(len(entries), (image.width - gap) // column_width))
+    num_rows = -(-len(entries) // num_columns)
+    row_height = swatch + gap
+
+    panel_width = max(image.width, gap + num_columns * column_width)
+    canvas = PIL.Image.new("RGB", (panel_width, image.height + gap + num_rows * row_height), "white")
+    canvas.paste(image, (0, 0))
+    draw = PIL.ImageDraw.Draw(canvas)
+    for position, (color, text) in enumerate(entries):
+        column, row = divmod(position, num_rows)
+        left, top = gap + column * column_width, image.height + gap + row * row_height
+        draw.rectangle((left, top, left + swatch - 1, top + swatch - 1), fill=color, outline="black")
+        draw.text((left + swatch + gap, top + swatch / 2), text, fill="black", font=font, anchor="lm")
+    return canvas

@@ -1,0 +1,101 @@
+"""Recipes are complete, derived numbers are exact, and the command line cannot set what does not exist."""
+
+import dataclasses
+
+import pytest
+
+from training.recipes import CAMVID_CLASSES, RECIPES, Recipe, camvid_dinov2_small_sa, get_recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_bear_their_functions_name_and_cannot_be_changed(name):
+    recipe = get_recipe(name)
+    assert recipe.name == name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.epochs = 1
+
+
+def test_camvid_windows_are_training_crops_of_whole_patches():
+    recipe = camvid_dinov2_small_sa()
+    assert recipe.class_names == CAMVID_CLASSES
+    assert recipe.window_size == recipe.crop_size
+    assert recipe.crop_size % 14 == recipe.window_stride % 14 == recipe.size % 14 == 0
+
+
+def test_derived_numbers():
+    recipe = dataclasses.replace(camvid_dinov2_small_sa(), batch_size=24, accumulation_steps=2)
+    assert recipe.images_per_pass(num_processes=3) == 4
+    assert recipe.steps_per_epoch(367) == 15
+
+
+@pytest.mark.parametrize("num_processes", [3, 16])
+def test_uneven_division_is_refused(num_processes):
+    recipe = dataclasses.replace(camvid_dinov2_small_sa(), batch_size=8, accumulation_steps=1)
+    with pytest.raises(ValueError, match=rf"batch_size=8 for {num_processes} processes.*multiple of {num_processes}"):
+        recipe.images_per_pass(num_processes)
+
+
+def test_fewer_images_than_a_batch_are_refused():
+    with pytest.raises(ValueError, match="7 training images, needed at least one batch of 8"):
+        camvid_dinov2_small_sa().steps_per_epoch(7)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("epochs=3", 3),
+        ("learning_rate=2e-4", 2e-4),
+        ("weight_decay=0", 0.0),
+        ("freeze_encoder=false", False),
+        ("photometric=True", True),
+        ("scale_range=0.5,2", (0.5, 2.0)),
+        ("class_names=road,not road", ("road", "not road")),
+        ("window_stride=none", None),
+        ("window_stride=140", 140),
+        ("label_column=mask", "mask"),
+        ("schedule=polynomial", "polynomial"),
+        ("backbone=a=b", "a=b"),
+    ],
+)
+def test_override_parses_by_the_fields_type(assignment, value):
+    recipe = camvid_dinov2_small_sa()
+    name = assignment.partition("=")[0]
+    changed = recipe.override([assignment])
+    assert getattr(changed, name) == value
+    assert type(getattr(changed, name)) is type(value)
+    assert dataclasses.replace(changed, **{name: getattr(recipe, name)}) == recipe
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("epoch=3", "Unknown recipe field 'epoch'; did you mean 'epochs'"),
+        ("lerning_rate=3", "did you mean 'learning_rate'"),
+        ("name=mine", "Unknown recipe field 'name'"),
+        ("epochs", "'epochs', needed field=value"),
+        ("epochs=3.5", "epochs=3.5, needed a value of type int"),
+        ("freeze_encoder=1", "freeze_encoder=1, needed a value of type bool"),
+        ("scale_range=1", "scale_range=1, needed a value of type tuple"),
+        ("window_size=big", "window_size=big, needed a value of type int"),
+        ("epochs=none", "epochs=none, needed a value of type int"),
+        ("epochs=0", "epochs=0, needed at least 1"),
+        ("decoder_type=mlp", "decoder_type='mlp', needed one of sa, ca"),
+        ("scale_range=2,1", "two positive ratios"),
+        ("final_learning_rate=1", "final_learning_rate=1.0, needed 0 to learning_rate"),
+        ("accumulation_steps=3", "needed a multiple of 3"),
+    ],
+)
+def test_override_refuses(assignment, message):
+    with pytest.raises(ValueError, match=message):
+        camvid_dinov2_small_sa().override([assignment])
+
+
+def test_unknown_recipe_is_refused():
+    with pytest.raises(ValueError, match="Unknown recipe 'camvid_dino'; did you mean 'camvid_dinov2_small_sa'"):
+        get_recipe("camvid_dino")
+
+
+def test_no_classes_are_refused():
+    recipe = camvid_dinov2_small_sa()
+    with pytest.raises(ValueError, match="no class_names"):
+        Recipe(**(dataclasses.asdict(recipe) | {"class_names": ()}))

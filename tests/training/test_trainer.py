@@ -1,0 +1,268 @@
+"""Optimiser groups, schedule, frozen encoder, and the whole run from the command line on a tiny backbone."""
+
+import dataclasses
+import json
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import tiny_model
+from PIL import Image
+
+from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf.inference import segment
+from training import evaluate, train
+from training.metrics import MeanIoU
+from training.recipes import camvid_dinov2_small_sa
+from training.trainer import create_optimizer, create_scheduler, parameter_groups, rate_factor
+
+RECIPE = dataclasses.replace(
+    camvid_dinov2_small_sa(), learning_rate=0.01, scale_rate_factor=5.0, encoder_rate_factor=0.1, weight_decay=0.3
+)
+CLASSES = ("sky", "road", "tree", "car", "pole")
+FIELDS = [
+    f"class_names={','.join(CLASSES)}",
+    "size=28",
+    "crop_size=28",
+    "window_size=28",
+    "window_stride=14",
+    "epochs=2",
+    "batch_size=2",
+    "warmup_steps=1",
+    "evaluate_every_epochs=1",
+    "num_workers=0",
+    "precision=float32",
+]
+
+
+def test_every_trainable_parameter_is_in_one_group(decoder_type):
+    model = tiny_model(decoder_type)
+    groups = parameter_groups(model, RECIPE)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(parameter) for parameter in model.parameters()}
+
+
+def test_rates_and_weight_decay_by_the_kind_of_parameter():
+    model = tiny_model("sa")
+    settings = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in parameter_groups(model, RECIPE)
+        for parameter in group["params"]
+    }
+    expected = {
+        "decoder.layers.0.projection": (0.01, 0.3),
+        "decoder.layers.0.norm.weight": (0.01, 0.0),
+        "decoder.norm.bias": (0.01, 0.0),
+        "decoder.layers.1.step_size": (0.05, 0.0),
+        "decoder.class_tokens": (0.05, 0.0),
+        "decoder.mask_norm.weight": (0.05, 0.0),
+        "encoder.layers.0.mlp.fc1.weight": (0.001, 0.3),
+        "encoder.layers.0.mlp.fc1.bias": (0.001, 0.0),
+        "encoder.embeddings.cls_token": (0.001, 0.0),
+        "encoder.embeddings.position_embeddings": (0.001, 0.0),
+    }
+    parameters = dict(model.named_parameters())
+    for name, (rate, decay) in expected.items():
+        assert settings[id(parameters[name])] == (pytest.approx(rate), decay), name
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = tiny_model("sa")
+    model.encoder.requires_grad_(False)
+    grouped = {id(parameter) for group in parameter_groups(model, RECIPE) for parameter in group["params"]}
+    assert grouped == {id(parameter) for parameter in model.decoder.parameters()}
+
+
+def test_polynomial_schedule_is_the_published_one():
+    """lr = (base - min) (1 - step / total)^0.9 + min, from the first step on."""
+    recipe = dataclasses.replace(
+        RECIPE, optimizer="sgd", schedule="polynomial", final_learning_rate=1e-5, warmup_steps=0, scale_rate_factor=1.0
+    )
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = create_optimizer([{"params": [parameter]}], recipe)
+    scheduler = create_scheduler(optimizer, recipe, num_training_steps=12)
+    rates = []
+    for _ in range(13):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    expected = [(0.01 - 1e-5) * (1 - step / 12) ** 0.9 + 1e-5 for step in range(13)]
+    assert rates == pytest.approx(expected, abs=1e-12)
+    assert {key: optimizer.defaults[key] for key in ("momentum", "nesterov", "weight_decay", "dampening")} == {
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 0,
+        "dampening": 0,
+    }
+
+
+def test_cosine_schedule_after_warm_up():
+    recipe = dataclasses.replace(RECIPE, schedule="cosine", final_learning_rate=0.001, warmup_steps=4)
+    factors = [rate_factor(recipe, step, 24) for step in range(26)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[14] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert factors[9] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert factors[24:] == pytest.approx([0.1, 0.1])
+
+
+@pytest.fixture(scope="module")
+def dataset_folder(tmp_path_factory) -> str:
+    """Photographs of 32 x 44 pixels whose classes differ in brightness, in the layout of the Hub."""
+    folder = tmp_path_factory.mktemp("scenes")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 5), ("validation", 3), ("test", 2)):
+        ids = [rng.integers(0, 5, (4, 4), np.uint8).repeat(8, 0).repeat(11, 1) for _ in range(count)]
+        columns = {
+            "image": [Image.fromarray(np.stack([each * 50] * 3, axis=-1)) for each in ids],
+            "label": [
+                Image.fromarray(np.where(rng.random(each.shape) < 0.1, 255, each).astype(np.uint8)) for each in ids
+            ],
+        }
+        dataset = datasets.Dataset.from_dict(columns, features=features)
+        dataset.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def backbone_folder(tmp_path_factory) -> str:
+    """A DINOv2 of random weights, with drop path, which a frozen encoder must not apply."""
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        image_size=28, patch_size=14, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, drop_path_rate=0.5
+    )
+    folder = tmp_path_factory.mktemp("backbone")
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, dataset_folder, backbone_folder):
+    output = tmp_path_factory.mktemp("run") / "output"
+    arguments = ["camvid_dinov2_small_sa", dataset_folder, str(output), "--backbone", backbone_folder, *FIELDS]
+    assert train.main(arguments) == 0
+    return output
+
+
+def test_run_writes_model_and_records(trained, dataset_folder, backbone_folder):
+    recipe = json.loads((trained / "recipe.json").read_text())
+    assert recipe["recipe"]["class_names"] == list(CLASSES)
+    assert recipe["recipe"]["backbone"] == backbone_folder
+    assert recipe["recipe"]["seed"] == 0
+    assert recipe["environment"]["torch"] == torch.__version__
+    record = json.loads((trained / "evaluation.json").read_text())
+    assert record["num_images"] == 2
+    assert record["protocol"]["size"] == {"shortest_edge": 28}
+    assert list(record["per_class_iou"]) == list(CLASSES)
+    present = [value for value in record["per_class_iou"].values() if value is not None]
+    assert record["mean_iou"] == pytest.approx(sum(present) / len(present))
+
+
+def test_frozen_encoder_keeps_its_weights_and_the_decoder_learns(trained, backbone_folder):
+    model = DepictForSemanticSegmentation.from_pretrained(trained)
+    backbone = transformers.Dinov2Backbone.from_pretrained(backbone_folder)
+    trained_weights = model.encoder.backbone.state_dict()
+    for name, weight in backbone.state_dict().items():
+        assert torch.equal(trained_weights[name], weight), name
+    assert model.config.id2label == dict(enumerate(CLASSES))
+    # The rates are zero neither in the warm-up's first step nor later, so every decoder parameter has moved.
+    assert not torch.equal(model.decoder.mask_norm.weight, torch.ones(5))
+
+
+def test_processor_prepares_as_in_training(trained):
+    processor = DepictImageProcessor.from_pretrained(trained)
+    assert processor.image_mean == pytest.approx([0.485, 0.456, 0.406])
+    assert processor.image_std == pytest.approx([0.229, 0.224, 0.225])
+    assert dict(processor.size)["shortest_edge"] == 28
+
+
+def test_evaluate_command_repeats_the_record(trained, dataset_folder, tmp_path, capsys):
+    assert evaluate.main([str(trained), dataset_folder, "--output", str(tmp_path / "new" / "record.json")]) == 0
+    record = json.loads((tmp_path / "new" / "record.json").read_text())
+    expected = json.loads((trained / "evaluation.json").read_text())
+    for name in ("mean_iou", "per_class_iou", "overall_accuracy", "protocol", "num_images"):
+        assert record[name] == expected[name]
+    table = capsys.readouterr().out
+    assert f"mean              {100 * record['mean_iou']:6.2f}" in table
+    assert evaluate.main([str(trained), dataset_folder, "--split", "trian"]) == 1
+    assert "split 'trian'" in capsys.readouterr().err
+
+
+def make_trainer(dataset_folder, backbone_folder, tmp_path, *fields):
+    recipe = camvid_dinov2_small_sa().override([*FIELDS, f"backbone={backbone_folder}", *fields])
+    return train.build_trainer(recipe, train.load_dataset_splits(dataset_folder), tmp_path)
+
+
+def test_evaluation_equals_segment_and_metric(dataset_folder, backbone_folder, tmp_path):
+    """Windows, and labels at another resolution than the input."""
+    trainer = make_trainer(dataset_folder, backbone_folder, tmp_path)
+    results = trainer.evaluate()
+    metric = MeanIoU(5)
+    model = trainer.model.eval()
+    for sample in trainer.eval_dataset.samples:
+        photo = sample["image"].permute(1, 2, 0).numpy()
+        metric.add_batch(predictions=segment(model, trainer.processing_class, [photo]), references=[sample["labels"]])
+    expected = metric.compute()
+    assert results["eval_mean_iou"] == pytest.approx(expected["mean_iou"])
+    assert results["eval_overall_accuracy"] == pytest.approx(expected["overall_accuracy"])
+    assert results["eval_iou_car"] == pytest.approx(expected["per_category_iou"][3])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_encoder_runs_in_evaluation_mode(dataset_folder, backbone_folder, tmp_path, frozen):
+    trainer = make_trainer(dataset_folder, backbone_folder, tmp_path, f"freeze_encoder={frozen}")
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.create_optimizer_and_scheduler(num_training_steps=4)
+    trainer.current_gradient_accumulation_steps = 1
+    losses = {float(trainer.training_step(trainer.model, batch)) for _ in range(4)}
+    assert (len(losses) == 1) == frozen  # drop path makes every pass differ
+    assert trainer.model.decoder.training
+    assert all(
+        (parameter.grad is None) == frozen for parameter in trainer.model.encoder.backbone.layernorm.parameters()
+    )
+
+
+def test_resume_ends_with_the_same_weights(trained, dataset_folder, backbone_folder, tmp_path, capsys):
+    """A run stopped after its first epoch and resumed equals one that was not stopped."""
+
+    class StopAfterFirstEpoch(transformers.TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    output = tmp_path / "output"
+    trainer = make_trainer(dataset_folder, backbone_folder, output)
+    trainer.add_callback(StopAfterFirstEpoch)
+    trainer.train()
+    arguments = ["camvid_dinov2_small_sa", dataset_folder, str(output), "--backbone", backbone_folder, *FIELDS]
+    assert train.main(arguments) == 1
+    assert "pass --resume" in capsys.readouterr().err
+    assert train.main([*arguments, "--resume"]) == 0
+    weights, expected = (
+        DepictForSemanticSegmentation.from_pretrained(folder).state_dict() for folder in (output, trained)
+    )
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({0: "camvid"}, "Unknown recipe 'camvid'; did you mean 'camvid_dinov2_small_sa'"),
+        ({2: "epoch=3"}, "Unknown recipe field 'epoch'"),
+        ({1: "no/such/folder"}, "no/such/folder"),
+        ({2: "validation_split=val"}, "split 'val', needed one of those in the dataset: train, validation, test"),
+        ({2: "batch_size=6"}, "5 training images, needed at least one batch of 6"),
+    ],
+)
+def test_command_line_refuses(changed, message, dataset_folder, backbone_folder, tmp_path, capsys):
+    recipe, dataset, field = (
+        changed.get(position, default)
+        for position, default in enumerate(("camvid_dinov2_small_sa", dataset_folder, "epochs=1"))
+    )
+    arguments = [recipe, dataset, str(tmp_path / "output"), "--backbone", backbone_folder, *FIELDS, field]
+    assert train.main(arguments) == 1
+    assert message in capsys.readouterr().err
