@@ -1,0 +1,69 @@
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from depict_hf.visualization import class_shares, label_image, overlay
+
+COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+NAMES = ["wall", "floor", "sky"]
+IDS = np.array([[0, 0, 2], [2, 2, 255]])
+
+
+def test_label_images_keep_ids_and_show_colours(tmp_path):
+    label_image(torch.from_numpy(IDS), COLORS).save(tmp_path / "labels.png")
+    read = PIL.Image.open(tmp_path / "labels.png")
+    assert read.mode == "P" and np.array(read).tolist() == IDS.tolist()
+    assert np.array(read.convert("RGB"))[:, 2].tolist() == [[0, 0, 255], [0, 0, 0]]
+
+
+def test_overlays_blend_and_leave_ignored_pixels_alone():
+    photo = np.full((2, 3, 3), 100, np.uint8)
+    blended = np.array(overlay(PIL.Image.fromarray(photo), IDS, COLORS, alpha=0.25))
+    assert blended[0, 0].tolist() == [round(75 + 0.25 * 255), 75, 75]
+    assert blended[1, 0].tolist() == [75, 75, round(75 + 0.25 * 255)]
+    assert blended[1, 2].tolist() == [100, 100, 100]
+
+
+@pytest.mark.parametrize("size", [(40, 60), (300, 200), (1000, 2000)])
+def test_a_legend_covers_nothing_and_lists_the_largest_class_first(size):
+    ids = np.zeros(size, int)
+    ids[: size[0] * 3 // 4] = 2
+    photo = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    plain, legend = (np.array(overlay(photo, ids, COLORS, names)) for names in (None, NAMES))
+    assert np.array_equal(legend[: size[0], : size[1]], plain)
+    panel = legend[size[0] :].reshape(-1, 3)
+    blue, red, green = (
+        np.flatnonzero((panel == color).all(axis=1)) for color in ((0, 0, 255), (255, 0, 0), (0, 255, 0))
+    )
+    assert len(blue) == len(red) > 50 and len(green) == 0
+    assert blue[0] < red[0]
+
+
+def test_many_classes_fit_into_the_legend():
+    """All 100 swatches are on the canvas, also where the photograph is narrower than one entry."""
+    colors = [(index, 255 - index, 7) for index in range(100)]
+    ids = np.arange(100).repeat(20).reshape(20, 100)
+    picture = np.array(overlay(PIL.Image.new("RGB", (100, 20)), ids, colors, [f"class {i}" for i in range(100)]))
+    seen = {tuple(color) for color in picture[20:].reshape(-1, 3).tolist()}
+    assert set(colors) <= seen
+
+
+def test_shares_are_sorted_fractions_of_the_image():
+    assert class_shares(IDS, NAMES) == [("sky", 0.5), ("wall", pytest.approx(1 / 3))]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: label_image(IDS, COLORS[:2]), r"Got 2 classes and the ids \[2\] beyond them"),
+        (lambda: class_shares(IDS - 1, NAMES), r"the ids \[-1, 254\] beyond them"),
+        (lambda: class_shares(IDS / 2, NAMES), "float64, needed integers"),
+        (lambda: overlay(PIL.Image.new("RGB", (2, 3)), IDS, COLORS), r"\(2, 3\) for a photograph of \(3, 2\)"),
+        (lambda: overlay(PIL.Image.new("RGB", (3, 2)), IDS, COLORS, alpha=2), "Got alpha=2, needed 0"),
+        (lambda: label_image(IDS, COLORS * 90), r"needed ids from 0 to 254"),
+    ],
+)
+def test_wrong_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
