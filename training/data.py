@@ -135,6 +135,12 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return {"image": image, "labels": labels}
 
 
+def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
+    """Randomness of one sample in one epoch, the same in whichever process and order samples are read."""
+    state = np.random.SeedSequence([seed, epoch, index]).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
 class TrainingDataset(torch.utils.data.Dataset):
     """Augmented crops: `pixel_values` `(3, crop, crop)` float32, normalised, and `labels` `(crop, crop)` int64.
 
@@ -156,8 +162,7 @@ class TrainingDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = self.samples[index]
-        state = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)
-        generator = torch.Generator().manual_seed(int(state[0]))
+        generator = sample_generator(self.seed, self.epoch, index)
         pixel_values, labels = self.augmentation(sample["image"], sample["labels"], generator)
         return {"pixel_values": pixel_values, "labels": labels}
 

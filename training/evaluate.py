@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="JSON file for the record")
     arguments = parser.parse_args(argv)
     try:
-        model = DepictForSemanticSegmentation.from_pretrained(arguments.model).eval()
+        model = DepictForSemanticSegmentation.from_pretrained(arguments.model, dtype=torch.float32).eval()
         image_processor = DepictImageProcessor.from_pretrained(arguments.model)
         samples = SegmentationDataset(
             get_split(load_dataset_splits(arguments.dataset), arguments.split),

@@ -42,6 +42,8 @@ class Recipe:
         name: Of the recipe.
         backbone: Hub name or path of the encoder; `AutoBackbone` must load it.
         freeze_encoder: Whether the encoder stays as it is, in evaluation mode.
+        cache_features: Whether a frozen encoder computes its outputs once, on whole images of `size` and on their
+            mirror images; training squares are then cut from those outputs, without random scale and colours.
         decoder_type: One of `DepictConfig`'s.
         class_names: In the order of their ids.
         image_column: Of the dataset; found by its usual name if None.
@@ -87,6 +89,7 @@ class Recipe:
     learning_rate: float
     decoder_type: str = "sa"
     freeze_encoder: bool = True
+    cache_features: bool = False
     image_column: str | None = None
     label_column: str | None = None
     reduce_labels: bool = False
@@ -121,6 +124,8 @@ class Recipe:
         for name in ("size", "crop_size", "epochs", "batch_size", "accumulation_steps", "evaluate_every_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Got {name}={getattr(self, name)}, needed at least 1.")
+        if self.cache_features and not self.freeze_encoder:
+            raise ValueError("Got cache_features=True with freeze_encoder=False; freeze the encoder or do not cache.")
         if not self.class_names:
             raise ValueError("Got no class_names; give one for each class, in the order of the ids.")
         if not 0 < self.scale_range[0] <= self.scale_range[1]:

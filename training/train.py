@@ -16,6 +16,7 @@ from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImagePr
 from .augmentation import TrainingAugmentation
 from .data import EvaluationDataset, SegmentationDataset, TrainingDataset, get_split, load_dataset_splits
 from .evaluate import environment, evaluate, render_table, write_json
+from .features import DecoderOnFeatures, FeatureDataset
 from .recipes import Recipe, get_recipe
 from .trainer import SegmentationTrainer
 
@@ -75,15 +76,40 @@ def build_samples(recipe: Recipe, splits, name: str) -> SegmentationDataset:
     )
 
 
-def build_trainer(recipe: Recipe, splits, output: Path) -> SegmentationTrainer:
-    """Everything that training needs, with checkpoints and logs in `output`.
+def build_trainer(recipe: Recipe, splits, output: Path) -> tuple[SegmentationTrainer, DepictForSemanticSegmentation]:
+    """Everything that training needs, with checkpoints, logs and cached features in `output`, and the whole model.
 
     Raises:
         ValueError: If the data do not suit the recipe, or the batch cannot be divided among the processes.
     """
     set_seed(recipe.seed)
     image_processor = build_image_processor(recipe)
-    augmentation = TrainingAugmentation(
+    model = build_model(recipe)
+    training_samples = build_samples(recipe, splits, recipe.train_split)
+    validation_samples = build_samples(recipe, splits, recipe.validation_split)
+    arguments = training_arguments(recipe, output, len(training_samples))
+    if recipe.cache_features:
+        encoding = (image_processor, output / "features")
+        autocast = recipe.precision == "bf16"
+        training = FeatureDataset(model, training_samples, *encoding, recipe.crop_size, recipe.seed, autocast)
+        validation = FeatureDataset(model, validation_samples, *encoding, autocast=autocast)
+    else:
+        training = TrainingDataset(training_samples, build_augmentation(recipe), recipe.seed)
+        validation = EvaluationDataset(validation_samples, image_processor)
+    trainer = SegmentationTrainer(
+        recipe,
+        model=DecoderOnFeatures(model) if recipe.cache_features else model,
+        args=arguments,
+        train_dataset=training,
+        eval_dataset=validation,
+        processing_class=image_processor,
+    )
+    return trainer, model
+
+
+def build_augmentation(recipe: Recipe) -> TrainingAugmentation:
+    """The recipe's random transforms."""
+    return TrainingAugmentation(
         size=recipe.size,
         crop_size=recipe.crop_size,
         mean=recipe.image_mean,
@@ -91,17 +117,6 @@ def build_trainer(recipe: Recipe, splits, output: Path) -> SegmentationTrainer:
         long_side_factor=recipe.long_side_factor,
         scale_range=recipe.scale_range,
         photometric=recipe.photometric,
-    )
-    training = TrainingDataset(build_samples(recipe, splits, recipe.train_split), augmentation, recipe.seed)
-    validation = EvaluationDataset(build_samples(recipe, splits, recipe.validation_split), image_processor)
-    arguments = training_arguments(recipe, output, len(training))
-    return SegmentationTrainer(
-        recipe,
-        model=build_model(recipe),
-        args=arguments,
-        train_dataset=training,
-        eval_dataset=validation,
-        processing_class=image_processor,
     )
 
 
@@ -153,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = find_checkpoint(arguments.output, arguments.resume)
         splits = load_dataset_splits(arguments.dataset)
         test = build_samples(recipe, splits, recipe.test_split)
-        trainer = build_trainer(recipe, splits, arguments.output)
+        trainer, model = build_trainer(recipe, splits, arguments.output)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -161,9 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = {"recipe": dataclasses.asdict(recipe), "dataset": arguments.dataset, "environment": environment()}
         write_json(record, arguments.output / "recipe.json")
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
     if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model).eval()
+        model.eval().save_pretrained(arguments.output)
+        trainer.processing_class.save_pretrained(arguments.output)
         record = evaluate(model, trainer.processing_class, test)
         record |= {"model": str(arguments.output), "dataset": arguments.dataset, "split": recipe.test_split}
         write_json(record, arguments.output / "evaluation.json")

@@ -25,7 +25,8 @@ class SegmentationTrainer(transformers.Trainer):
     Args:
         recipe: Decides optimiser, rates and schedule; the arguments of `Trainer` for those are not used.
         kwargs: As for `Trainer`. Training items have `pixel_values` and `labels` of one size; evaluation items may
-            differ in size, and have labels of any resolution.
+            differ in size, and have labels of any resolution. Instead of `pixel_values` there may be `features` for a
+            `training.features.DecoderOnFeatures`.
     """
 
     def __init__(self, recipe: Recipe, **kwargs):
@@ -45,9 +46,10 @@ class SegmentationTrainer(transformers.Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args, **kwargs):
-        if self.recipe.freeze_encoder:
-            # `Trainer` has just put the whole model in training mode; frozen features must not be random.
-            self.accelerator.unwrap_model(model).encoder.eval()
+        # `Trainer` has just put the whole model in training mode; frozen features must not be random.
+        for module in self.accelerator.unwrap_model(model).children():
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.eval()
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
@@ -76,12 +78,14 @@ class SegmentationTrainer(transformers.Trainer):
         num_images = torch.zeros((), dtype=torch.long, device=self.args.device)
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
+            labels = batch.pop("labels")
             with self.compute_loss_context_manager():
-                logits = model(batch["pixel_values"]).logits
-            # By way of the input's size, as in `depict_hf.inference.segment`.
-            logits = resize_bilinear(logits.float(), batch["pixel_values"].shape[-2:])
-            logits = resize_bilinear(logits, batch["labels"].shape[-2:])
-            metric.add_batch(predictions=logits.argmax(dim=1), references=batch["labels"])
+                logits = model(**batch).logits.float()
+            if "pixel_values" in batch:
+                # By way of the input's size, as in `depict_hf.inference.segment`.
+                logits = resize_bilinear(logits, batch["pixel_values"].shape[-2:])
+            logits = resize_bilinear(logits, labels.shape[-2:])
+            metric.add_batch(predictions=logits.argmax(dim=1), references=labels)
             num_images += len(logits)
         metric.confusion = self.accelerator.reduce(metric.confusion.to(self.args.device))
         num_images = int(self.accelerator.reduce(num_images))

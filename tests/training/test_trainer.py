@@ -195,7 +195,7 @@ def test_evaluate_command_repeats_the_record(trained, dataset_folder, tmp_path, 
 
 def make_trainer(dataset_folder, backbone_folder, tmp_path, *fields):
     recipe = camvid_dinov2_small_sa().override([*FIELDS, f"backbone={backbone_folder}", *fields])
-    return train.build_trainer(recipe, train.load_dataset_splits(dataset_folder), tmp_path)
+    return train.build_trainer(recipe, train.load_dataset_splits(dataset_folder), tmp_path)[0]
 
 
 @pytest.mark.parametrize("windows", [[], ["window_size=none", "window_stride=none"]], ids=["windows", "whole"])
