@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.modeling_depict import DepictSemanticSegmenterOutput, segmentation_loss
 from depict_hf.vit import LayerRecord
-from depict_hf.windows import pad_to_multiple
+from depict_hf.windows import pad_to_multiple, resize_bilinear
 
 from .augmentation import IGNORE_INDEX
 from .data import SegmentationDataset, sample_generator
@@ -32,9 +33,23 @@ class DecoderOnFeatures(nn.Module):
         self.config = model.config
         self.decoder = model.decoder
 
-    def forward(self, features: Tensor, labels: Tensor | None = None) -> DepictSemanticSegmenterOutput:
-        """Decode features `(batch, grid_height, grid_width, hidden)`; labels `(batch, height, width)` of their area."""
-        logits = self.decoder(features.flatten(1, 2).to(self.decoder_dtype), tuple(features.shape[1:3]))
+    def forward(
+        self, features: Tensor, labels: Tensor | None = None, input_size: Tensor | None = None
+    ) -> DepictSemanticSegmenterOutput:
+        """Decode features, as the model decodes the image that they come from.
+
+        Args:
+            features: `(batch, grid_height, grid_width, hidden)`.
+            labels: `(batch, height, width)` of the same area.
+            input_size: `(batch, 2)`, height and width in pixels of the images, equal in a batch, where the grid also
+                covers padding; logits are then upsampled and cropped to that size.
+        """
+        grid_size = tuple(features.shape[1:3])
+        logits = self.decoder(features.flatten(1, 2).to(self.decoder_dtype), grid_size)
+        if input_size is not None:
+            height, width = input_size[0].tolist()
+            padded_size = tuple(side * self.config.encoder_patch_size for side in grid_size)
+            logits = resize_bilinear(logits, padded_size)[..., :height, :width]
         loss = None
         if labels is not None:
             loss = segmentation_loss(logits, labels, self.config.semantic_loss_ignore_index)
@@ -50,7 +65,8 @@ class FeatureDataset(torch.utils.data.Dataset):
 
     In training (`crop_size` given) an item is a random square of patches, mirrored with probability one half, with
     the labels of the same area at the encoder's input size, `(crop_size, crop_size)`, 255 beyond the image. What is
-    drawn depends on seed, epoch and index alone. In evaluation it is the whole image with labels at its own size.
+    drawn depends on seed, epoch and index alone. In evaluation it is the whole image, labels at its own size, and the
+    `input_size` (height, width) that the features were computed at.
 
     Args:
         model: Its encoder computes what `folder` does not hold yet.
@@ -91,18 +107,20 @@ class FeatureDataset(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if self.crop is None:
-            return {"features": self._read(index, "plain"), "labels": self.samples[index]["labels"]}
-        generator = sample_generator(self.seed, self.epoch, index)
-        mirror = bool(torch.rand((), generator=generator) < 0.5)
-        features = self._read(index, "mirrored" if mirror else "plain")
-        sample = self.samples[index]
-        labels = self.image_processor(sample["image"], segmentation_maps=sample["labels"])["labels"][0]
-        return self._crop(features, labels.flip(-1) if mirror else labels, generator)
+        with safe_open(self._path(index), framework="pt") as file:
+            if self.crop is not None:
+                return self._crop(file, sample_generator(self.seed, self.epoch, index))
+            input_size = torch.tensor(file.get_slice("labels").get_shape())
+            features = file.get_tensor("plain")
+        return {"features": features, "labels": self.samples[index]["labels"], "input_size": input_size}
 
-    def _crop(self, features: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """A random square of patches and the labels of the same area."""
-        grid_height, grid_width = features.shape[:2]
+    def _crop(self, file, generator: torch.Generator) -> dict[str, Tensor]:
+        """A random square of patches, read alone, and the labels of the same area."""
+        mirror = bool(torch.rand((), generator=generator) < 0.5)
+        features = file.get_slice("mirrored" if mirror else "plain")
+        grid_height, grid_width, _ = features.get_shape()
+        labels = file.get_tensor("labels").long()
+        labels = labels.flip(-1) if mirror else labels
         bottom, right = (side * self.patch_size for side in (grid_height, grid_width))
         labels = F.pad(labels, (0, right - labels.shape[1], 0, bottom - labels.shape[0]), value=IGNORE_INDEX)
         top, left = (
@@ -112,35 +130,34 @@ class FeatureDataset(torch.utils.data.Dataset):
         rows = slice(top * self.patch_size, (top + self.crop) * self.patch_size)
         columns = slice(left * self.patch_size, (left + self.crop) * self.patch_size)
         return {
-            "features": features[top : top + self.crop, left : left + self.crop].contiguous(),
+            "features": features[top : top + self.crop, left : left + self.crop],
             "labels": labels[rows, columns].contiguous(),
         }
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:06d}.safetensors"
 
-    def _read(self, index: int, view: str) -> Tensor:
-        return load_file(self._path(index))[view]
-
     @torch.inference_mode()
     def _encode_missing(self, model: DepictForSemanticSegmentation, autocast: bool) -> None:
-        """Compute and write features, of mirror images too where they are trained on."""
+        """Compute and write features, of mirror images too where they are trained on, and labels at their size."""
         missing = [index for index in range(len(self)) if not self._path(index).is_file()]
         encoder = model.encoder.eval()
         for index in tqdm(missing, desc="Features", mininterval=10):
-            pixel_values = self.image_processor(self.samples[index]["image"], return_tensors="pt")["pixel_values"]
+            sample = self.samples[index]
+            inputs = self.image_processor(sample["image"], segmentation_maps=sample["labels"], return_tensors="pt")
+            pixel_values = inputs["pixel_values"]
             views = {"plain": pixel_values}
             if self.crop is not None:
                 views["mirrored"] = pixel_values.flip(-1)
-            features = {}
+            tensors = {"labels": inputs["labels"][0].to(torch.uint8)}  # ids end at 255, which is ignored
             for name, view in views.items():
                 view = pad_to_multiple(view.to(model.device), self.patch_size)
                 with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
                     patches, grid_size = encoder(view, LayerRecord())
-                features[name] = patches[0].unflatten(0, grid_size).to("cpu", torch.float16).contiguous()
+                tensors[name] = patches[0].unflatten(0, grid_size).to("cpu", torch.float16).contiguous()
             # Under another name until it is whole, so that a killed run leaves no half-written file.
             partial = self._path(index).with_suffix(".partial")
-            save_file(features, partial)
+            save_file(tensors, partial)
             partial.rename(self._path(index))
 
 

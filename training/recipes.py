@@ -11,20 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from depict_hf.configuration_depict import DECODER_TYPES
-
-CAMVID_CLASSES = (
-    "sky",
-    "building",
-    "pole",
-    "road",
-    "pavement",
-    "tree",
-    "sign symbol",
-    "fence",
-    "car",
-    "pedestrian",
-    "bicyclist",
-)
+from depict_hf.labels import class_names
 
 _CHOICES = {
     "decoder_type": DECODER_TYPES,
@@ -192,15 +179,13 @@ def camvid_dinov2_small_sa() -> Recipe:
     return Recipe(
         name="camvid_dinov2_small_sa",
         backbone="facebook/dinov2-small",
-        class_names=CAMVID_CLASSES,
+        cache_features=True,
+        class_names=tuple(class_names("camvid")),
         image_mean=(0.485, 0.456, 0.406),
         image_std=(0.229, 0.224, 0.225),
-        size=672,
-        scale_range=(0.5, 1.5),
+        size=560,
         crop_size=392,
-        window_size=392,
-        window_stride=280,
-        epochs=16,
+        epochs=100,
         batch_size=8,
         learning_rate=1e-3,
         scale_rate_factor=10.0,
@@ -210,7 +195,7 @@ def camvid_dinov2_small_sa() -> Recipe:
         warmup_steps=50,
         max_grad_norm=1.0,
         precision="bf16",
-        evaluate_every_epochs=4,
+        evaluate_every_epochs=10,
         num_workers=1,
     )
 

@@ -44,6 +44,9 @@ def test_the_decoder_gives_the_whole_models_logits(samples, tmp_path):
     decoder = DecoderOnFeatures(model)
     logits = decoder(item["features"][None]).logits
     torch.testing.assert_close(logits, model(padded(samples, 1)).logits, atol=2e-2, rtol=0)
+    logits = decoder(item["features"][None], input_size=item["input_size"][None]).logits
+    expected = model(padded(samples, 1)[..., :30, :44]).logits
+    torch.testing.assert_close(logits, expected, atol=2e-2, rtol=0)
     assert torch.equal(item["labels"], samples[1]["labels"])
 
     labels = torch.randint(0, 5, (1, 32, 48))

@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import tiny_model
 from PIL import Image
+from safetensors.torch import load_file
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.inference import segment
@@ -35,6 +36,7 @@ FIELDS = [
     "evaluate_every_epochs=1",
     "num_workers=0",
     "precision=float32",
+    "cache_features=false",
 ]
 
 
@@ -212,6 +214,35 @@ def test_evaluation_equals_segment_and_metric(dataset_folder, backbone_folder, t
     assert results["eval_mean_iou"] == pytest.approx(expected["mean_iou"])
     assert results["eval_overall_accuracy"] == pytest.approx(expected["overall_accuracy"])
     assert results["eval_iou_car"] == pytest.approx(expected["per_category_iou"][3])
+
+
+def test_validation_on_cached_features_is_that_of_the_whole_model(dataset_folder, backbone_folder, tmp_path):
+    """Inputs of 90 x 135 pixels, whose grid of 7 x 10 patches also covers padding."""
+    fields = ["size=90", "window_size=none", "window_stride=none"]
+    whole = make_trainer(dataset_folder, backbone_folder, tmp_path / "whole", *fields)
+    cached = make_trainer(dataset_folder, backbone_folder, tmp_path / "cached", *fields, "cache_features=true")
+    expected = whole.evaluate()
+    assert cached.evaluate()["eval_overall_accuracy"] == pytest.approx(expected["eval_overall_accuracy"], abs=1e-2)
+    features = cached.eval_dataset[0]
+    logits = cached.model(features["features"][None], input_size=features["input_size"][None]).logits
+    torch.testing.assert_close(
+        logits, whole.model.eval()(whole.eval_dataset[0]["pixel_values"][None]).logits, atol=2e-2, rtol=0
+    )
+
+
+def test_a_run_on_cached_features_saves_the_whole_model(dataset_folder, backbone_folder, tmp_path):
+    fields = [*FIELDS, "window_size=none", "window_stride=none", "cache_features=true"]
+    arguments = ["camvid_dinov2_small_sa", dataset_folder, str(tmp_path), "--backbone", backbone_folder, *fields]
+    assert train.main(arguments) == 0
+    model = DepictForSemanticSegmentation.from_pretrained(tmp_path)
+    backbone = transformers.Dinov2Backbone.from_pretrained(backbone_folder)
+    for name, weight in backbone.state_dict().items():
+        assert torch.equal(model.encoder.backbone.state_dict()[name], weight), name
+    checkpoint = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert set(checkpoint) == {name for name in model.state_dict() if name.startswith("decoder.")}
+    for name, weight in checkpoint.items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    assert not torch.equal(model.decoder.mask_norm.weight, torch.ones(5))
 
 
 @pytest.mark.parametrize("frozen", [True, False])
