@@ -208,6 +208,11 @@ class DepictConfig(PreTrainedConfig):
     def _check_decoder(self) -> None:
         if self.decoder_type not in DECODER_TYPES:
             raise ValueError(f"Unknown decoder_type={self.decoder_type!r}; choose one of {', '.join(DECODER_TYPES)}.")
+        if self.num_labels < 2 and self.decoder_type != "linear":
+            raise ValueError(
+                f"num_labels={self.num_labels}, but decoder_type={self.decoder_type!r} normalises over the classes and "
+                "needs at least 2; add a class for the background."
+            )
         for name in (
             "decoder_num_layers",
             "decoder_num_heads",

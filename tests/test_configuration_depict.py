@@ -17,6 +17,7 @@ from depict_hf.configuration_depict import ENCODER_PRESETS
         ({"image_size": 8}, "does not hold one patch"),
         ({"image_size": [64, 64, 3]}, "must be one number of pixels or"),
         ({"decoder_type": "upernet"}, "Unknown decoder_type='upernet'; choose one of sa, ca"),
+        ({"num_labels": 1}, "num_labels=1, but decoder_type='sa' normalises over the classes"),
         ({"decoder_head_dim": 0}, "decoder_head_dim=0 must be at least 1"),
         ({"decoder_dropout": -0.1}, "decoder_dropout=-0.1"),
         ({"decoder_type": "mask_transformer", "decoder_num_heads": 5}, "width 384 is not divisible"),

@@ -2,7 +2,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config, tiny_model
-from transformers import AutoModelForSemanticSegmentation, BeitConfig, Dinov2Config, DINOv3ViTConfig, SwinConfig
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    BeitConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    SwinConfig,
+)
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from depict_hf import DepictForSemanticSegmentation
@@ -174,6 +181,9 @@ class TestWindows:
 
 BACKBONES = {
     "dinov2": Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32),
+    "dinov2_with_registers": Dinov2WithRegistersConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32, num_register_tokens=3
+    ),
     "dinov3": DINOv3ViTConfig(
         hidden_size=24,
         num_hidden_layers=2,

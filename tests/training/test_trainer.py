@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf.conversion import convert_checkpoint
 from depict_hf.inference import segment
 from training import evaluate, train
 from training.metrics import MeanIoU
@@ -100,6 +102,35 @@ def test_polynomial_schedule_is_the_published_one():
         "weight_decay": 0,
         "dampening": 0,
     }
+
+
+@pytest.mark.parametrize("name", ["sa_deit_distilled", "ca_vit", "segmenter_linear"])
+def test_sgd_steps_are_those_of_the_published_code(name):
+    """Ten steps of the published optimiser and scheduler on one batch: rate before each step, and loss."""
+    folder = Path(__file__).parents[1] / "data" / "published" / name
+    expected = load_file(folder / "expected.safetensors")
+    recipe = dataclasses.replace(
+        RECIPE,
+        optimizer="sgd",
+        schedule="polynomial",
+        final_learning_rate=1e-5,
+        warmup_steps=0,
+        weight_decay=0.0,
+        scale_rate_factor=1.0,
+        encoder_rate_factor=1.0,
+    )
+    model = convert_checkpoint(folder)[0].train()
+    optimizer = create_optimizer(parameter_groups(model, recipe), recipe)
+    scheduler = create_scheduler(optimizer, recipe, num_training_steps=12)
+    trace = []
+    for _ in range(10):
+        loss = model(expected["train.pixel_values"], labels=expected["train.labels"]).loss
+        trace.append([optimizer.param_groups[0]["lr"], loss.item()])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    torch.testing.assert_close(torch.tensor(trace).double(), expected["train.trace_lr_loss"], atol=1e-4, rtol=0)
 
 
 def test_cosine_schedule_after_warm_up():
