@@ -48,60 +48,86 @@ def _parser() -> argparse.ArgumentParser:
 
 def segment_photos(args: argparse.Namespace) -> int:
     """Write an overlay with a legend and a palette image of class ids per photograph; print each class's share."""
-    import torch
+    from PIL.Image import DecompressionBombError
     from tqdm import tqdm
 
-    from . import DepictForSemanticSegmentation, DepictImageProcessor
+    from .inference import load_photo
 
     paths = list(_expand(args.photos))
-    if args.model == str(DEFAULT_MODEL) and not DEFAULT_MODEL.is_dir():
-        raise FileNotFoundError("This installation carries no model; name one with --model FOLDER_OR_HUB_NAME.")
-    model = DepictForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32).eval().to(args.device)
-    image_processor = DepictImageProcessor.from_pretrained(args.model)
+    targets = _targets(paths, args.output)
+    model, image_processor = _load_model(args.model, args.device)
     args.output.mkdir(parents=True, exist_ok=True)
 
     num_failed = 0
-    progress = tqdm(list(zip(paths, _unique_stems(paths), strict=True)), disable=len(paths) == 1, unit="photo")
-    for path, stem in progress:
+    progress = tqdm(list(zip(paths, targets, strict=True)), disable=len(paths) == 1, unit="photo")
+    for path, (overlay_path, labels_path) in progress:
         # One photograph that cannot be read must not lose the others. These are what reading one raises: missing or
-        # truncated files and unknown formats (OSError), broken contents (ValueError, SyntaxError), or sizes
-        # beyond PIL's limit.
+        # truncated files and unknown formats (OSError), broken contents (ValueError; SyntaxError from PIL's readers of
+        # EXIF and PNG), or sizes beyond PIL's limit. What goes wrong later is no fault of the photograph.
         try:
-            report = _segment_one(path, stem, model, image_processor, args)
-        except (OSError, ValueError, SyntaxError, _decompression_bomb()) as error:
+            photo = load_photo(path)
+        except (OSError, ValueError, SyntaxError, DecompressionBombError) as error:
             num_failed += 1
             progress.write(f"depict: {path}: {error}", file=sys.stderr)
-        else:
-            progress.write(report)
+            continue
+        table = _segment_one(photo, overlay_path, labels_path, model, image_processor, args)
+        progress.write(f"{path} -> {overlay_path}, {labels_path}\n{table}")
     return 1 if num_failed else 0
 
 
-def _segment_one(path: Path, stem: str, model, image_processor, args: argparse.Namespace) -> str:
+def _load_model(name: str, device: str):
+    """Model in float32 and its image processor; every weight must come from the files.
+
+    Raises:
+        OSError: If there is no default model.
+        ValueError: If the model cannot be loaded whole, or not to this device.
+    """
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    from . import DepictForSemanticSegmentation, DepictImageProcessor
+
+    if name == str(DEFAULT_MODEL) and not DEFAULT_MODEL.is_dir():
+        raise FileNotFoundError("This installation carries no model; name one with --model FOLDER_OR_HUB_NAME.")
+    # Missing files, wrong settings, damaged weights, weights of other shapes or no such device (AssertionError where
+    # torch was built without it).
+    try:
+        model, loading = DepictForSemanticSegmentation.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True
+        )
+        image_processor = DepictImageProcessor.from_pretrained(name)
+        model = model.eval().to(device)
+    except (OSError, ValueError, StrictDataclassError, SafetensorError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot load the model {name} to {device}: {error}") from error
+    # transformers only logs these, and fills missing weights with random numbers.
+    for kind in ("missing_keys", "unexpected_keys"):
+        if loading[kind]:
+            keys = ", ".join(sorted(loading[kind])[:3])
+            raise ValueError(f"{name} does not hold the weights its config.json describes; {kind}: {keys}, ...")
+    return model, image_processor
+
+
+def _segment_one(photo, overlay_path: Path, labels_path: Path, model, image_processor, args: argparse.Namespace) -> str:
     """Segment one photograph, write its pictures and return its table."""
-    from .inference import load_photo, segment
+    from .inference import segment
     from .labels import colors_for
     from .visualization import class_shares, label_image, overlay
 
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    colors = colors_for(names)
-    photo = load_photo(path)
+    colors = colors_for(model.config.id2label)
     [segmentation] = segment(model, image_processor, [photo], args.scales, args.flip)
-    pictures = {
-        args.output / f"{stem}_overlay.png": overlay(photo, segmentation, colors, names, args.alpha),
-        args.output / f"{stem}_labels.png": label_image(segmentation, colors),
-    }
-    for target, picture in pictures.items():
-        picture.save(target)
-    rows = [f"  {100 * share:6.2f} %  {name}" for name, share in class_shares(segmentation, names)]
-    return "\n".join([f"{path} -> {', '.join(map(str, pictures))}", *rows])
+    overlay(photo, segmentation, colors, names, args.alpha).save(overlay_path)
+    label_image(segmentation, colors).save(labels_path)
+    return "\n".join(f"  {100 * share:6.2f} %  {name}" for name, share in class_shares(segmentation, names))
 
 
 def convert_published(args: argparse.Namespace) -> int:
     """Convert a checkpoint of the authors of DEPICT or Segmenter and save it, and upload it if asked."""
     from .conversion import convert_checkpoint
 
-    if args.output.is_dir() and any(args.output.iterdir()):
-        raise ValueError(f"{args.output} is not empty; choose a new folder, so that nothing is overwritten.")
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise ValueError(f"{args.output} is not an empty folder; choose a new one, so that nothing is overwritten.")
     model, image_processor = convert_checkpoint(args.checkpoint, args.variant)
     model.save_pretrained(args.output)
     image_processor.save_pretrained(args.output)
@@ -129,22 +155,27 @@ def _expand(paths: Iterable[Path]) -> Iterable[Path]:
         yield from found
 
 
-def _unique_stems(paths: Iterable[Path]) -> list[str]:
-    """A name for the results of each photograph; photographs of one name are numbered."""
-    stems: list[str] = []
+def _targets(paths: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
+    """Where the overlay and the labels of each photograph go; photographs of one name are numbered.
+
+    Raises:
+        ValueError: If a photograph would be overwritten.
+    """
+    photos = {path.resolve() for path in paths}
+    # Names that differ only in case are one file on some systems.
+    taken: set[str] = set()
+    targets = []
     for path in paths:
         stem, number = path.stem, 1
-        while stem in stems:
+        while stem.casefold() in taken:
             number += 1
             stem = f"{path.stem}_{number}"
-        stems.append(stem)
-    return stems
-
-
-def _decompression_bomb() -> type[Exception]:
-    import PIL.Image
-
-    return PIL.Image.DecompressionBombError
+        taken.add(stem.casefold())
+        targets.append((output / f"{stem}_overlay.png", output / f"{stem}_labels.png"))
+        for target in targets[-1]:
+            if target.resolve() in photos:
+                raise ValueError(f"{target} is one of the photographs and would be overwritten; change --output.")
+    return targets
 
 
 if __name__ == "__main__":

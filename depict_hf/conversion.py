@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .configuration_depict import DECODER_TYPES, DepictConfig
@@ -117,16 +119,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: If the file holds anything but tensors and plain values, or no "model".
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is no pickle of tensors and plain values, or holds code, which is never run: {error}"
-        ) from error
+    content = _load_data(path)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         keys = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f'{path} holds {keys}, needed a dict with the parameters under "model".')
     return dict(content["model"])
+
+
+def _load_data(path: str | Path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is no pickle of tensors and plain values, or holds code, which is never run: {error}"
+        ) from error
 
 
 class _VariantLoader(yaml.SafeLoader):
@@ -190,6 +196,28 @@ def load_encoder(model: DepictForSemanticSegmentation, state_dict: Mapping[str, 
     if name in renamed:
         renamed[name] = _fit_positions(renamed[name], embeddings)
     _load_exactly(model.encoder, renamed)
+
+
+def read_weights(source: str | Path) -> dict[str, Tensor]:
+    """Parameters of a pretrained model, for `load_encoder`, read without executing anything.
+
+    Args:
+        source: A weights file (`.safetensors`, or a pickle of tensors), a folder with `model.safetensors`, or the name
+            of a repository on the Hub that has one, such as "timm/vit_small_patch16_384.augreg_in21k_ft_in1k".
+
+    Raises:
+        OSError: If there is no such file or repository.
+        ValueError: If a pickle holds more than tensors.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    elif not path.is_file():
+        path = Path(hf_hub_download(str(source), "model.safetensors"))
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    content = _load_data(path)
+    return dict(content["model"]) if isinstance(content.get("model"), dict) else content
 
 
 def _fit_positions(positions: Tensor, embeddings: ViTEmbeddings) -> Tensor:

@@ -6,6 +6,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 IGNORE_LABEL = 255
+LEGEND_NAME_LENGTH = 24  # longer names (ADE20K lists synonyms) would leave no room for a second column
 Color = tuple[int, int, int]
 
 
@@ -17,11 +18,11 @@ def label_image(segmentation, colors: list[Color]) -> PIL.Image.Image:
         colors: RGB in 0 to 255, by class id.
 
     Raises:
-        ValueError: If an id has no colour.
+        ValueError: If an id has no colour, or there are more than 255 colours.
     """
     ids = _ids(segmentation, len(colors))
     image = PIL.Image.fromarray(ids.astype(np.uint8), mode="P")
-    palette = [value for color in colors[:256] for value in color]
+    palette = [value for color in colors for value in color]
     image.putpalette(palette + [0] * (768 - len(palette)))
     return image
 
@@ -40,17 +41,21 @@ def overlay(
         segmentation: `(height, width)` integer tensor or array of the photograph's size; pixels of 255 stay as they
             are.
         colors: RGB in 0 to 255, by class id.
-        names: By class id, for a legend of the classes that occur, largest share first; without names there is none.
+        names: By class id, for a legend of the classes that occur, largest share first, long names cut short; without
+            names there is none.
         alpha: Weight of the colours, 0 to 1.
 
     Returns:
-        RGB, as wide as the photograph (or a legend entry, if that is wider); the photograph is at the top left.
+        RGB, as wide as the photograph (or the legend, if that is wider); the photograph is at the top left.
 
     Raises:
-        ValueError: If sizes differ, an id has no colour or name, or `alpha` is out of its range.
+        ValueError: If sizes differ, an id has no colour, there are not as many names as colours, or `alpha` is out of
+            its range.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"Got alpha={alpha}, needed 0 (photograph only) to 1 (colours only).")
+    if names is not None and len(names) != len(colors):
+        raise ValueError(f"Got {len(names)} names and {len(colors)} colours, needed one of each per class.")
     ids = _ids(segmentation, len(colors))
     if ids.shape != (image.height, image.width):
         raise ValueError(
@@ -59,7 +64,7 @@ def overlay(
         )
     photo = np.asarray(image.convert("RGB"), dtype=np.float32)
     table = np.zeros((256, 3), dtype=np.float32)
-    table[: len(colors)] = colors[:256]
+    table[: len(colors)] = colors
     weight = np.where(ids == IGNORE_LABEL, 0.0, alpha).astype(np.float32)[..., None]
     blended = PIL.Image.fromarray(np.rint(photo + weight * (table[ids] - photo)).astype(np.uint8))
     return blended if names is None else _with_legend(blended, ids, colors, names)
@@ -85,29 +90,36 @@ def _shares(ids: np.ndarray) -> list[tuple[int, float]]:
 
 def _ids(segmentation, num_classes: int) -> np.ndarray:
     """`(height, width)` array of ids below `num_classes`, or 255."""
+    if num_classes > IGNORE_LABEL:
+        raise ValueError(
+            f"Got {num_classes} classes, needed at most {IGNORE_LABEL}: a palette image holds 8 bits, and "
+            f"{IGNORE_LABEL} marks pixels without a class; merge classes first."
+        )
     ids = np.asarray(segmentation.cpu() if hasattr(segmentation, "cpu") else segmentation)
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
         raise ValueError(f"Got a label map of shape {ids.shape} and {ids.dtype}, needed integers (height, width).")
     wrong = np.unique(ids[((ids < 0) | (ids >= num_classes)) & (ids != IGNORE_LABEL)])
-    if wrong.size or num_classes > IGNORE_LABEL:
+    if wrong.size:
         raise ValueError(
             f"Got {num_classes} classes and the ids {wrong[:10].tolist()} beyond them, needed ids from 0 to "
-            f"{min(num_classes, IGNORE_LABEL) - 1}, or {IGNORE_LABEL}; pass the names and colours of all classes."
+            f"{num_classes - 1}, or {IGNORE_LABEL}; pass the names and colours of all classes."
         )
     return ids
 
 
 def _with_legend(image: PIL.Image.Image, ids: np.ndarray, colors: list[Color], names: list[str]) -> PIL.Image.Image:
-    """Put a panel with one entry per class below the picture, in as many columns as fit."""
-    entries = [(colors[index], f"{names[index]} {100 * share:.1f} %") for index, share in _shares(ids)]
-    font_size = min(max(round(image.width / 40), 11), 48)
+    """Put a panel with one entry per class below the picture, as wide as that or, for many entries, about square."""
+    entries = [(colors[index], f"{_shorten(names[index])} {100 * share:.1f} %") for index, share in _shares(ids)]
+    # Legible at full size, and also when the whole picture is fitted to a screen.
+    font_size = max(12, round(max(image.size) / 80))
     font = PIL.ImageFont.load_default(font_size)
     swatch, gap = font_size, round(font_size / 2)
     widest = max((font.getlength(text) for _, text in entries), default=0)
     column_width = swatch + 3 * gap + round(widest)
-    num_columns = max(1, min(len(entries), (image.width - gap) // column_width))
-    num_rows = -(-len(entries) // num_columns)
     row_height = swatch + gap
+    square = round((len(entries) * row_height / column_width) ** 0.5)
+    num_columns = max(1, min(len(entries), max(square, (image.width - gap) // column_width)))
+    num_rows = -(-len(entries) // num_columns)
 
     panel_width = max(image.width, gap + num_columns * column_width)
     canvas = PIL.Image.new("RGB", (panel_width, image.height + gap + num_rows * row_height), "white")
@@ -119,3 +131,7 @@ def _with_legend(image: PIL.Image.Image, ids: np.ndarray, colors: list[Color], n
         draw.rectangle((left, top, left + swatch - 1, top + swatch - 1), fill=color, outline="black")
         draw.text((left + swatch + gap, top + swatch / 2), text, fill="black", font=font, anchor="lm")
     return canvas
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= LEGEND_NAME_LENGTH else name[: LEGEND_NAME_LENGTH - 1].rstrip(" ,") + "…"

@@ -12,11 +12,17 @@ import pytest
 import timm
 import torch
 from conftest import tiny_config, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import DeiTConfig, DeiTModel, ViTConfig, ViTForImageClassification
 
 from depict_hf import DepictForSemanticSegmentation
-from depict_hf.conversion import convert_checkpoint, load_encoder, read_checkpoint, rename_parameters
+from depict_hf.conversion import (
+    convert_checkpoint,
+    load_encoder,
+    read_checkpoint,
+    read_weights,
+    rename_parameters,
+)
 from depict_hf.inference import segment
 from depict_hf.vit import LayerRecord
 from depict_hf.windows import resize_bilinear
@@ -231,6 +237,16 @@ class TestEncoders:
         image = torch.randn(1, 3, 32, 32)
         expected = source(image).last_hidden_state[:, 2:]
         torch.testing.assert_close(model.encoder(image, LayerRecord())[0], expected, atol=2e-6, rtol=1e-5)
+
+    def test_weights_are_read_from_files_and_folders(self, tmp_path):
+        weights = {"norm.weight": torch.arange(3.0)}
+        save_file(weights, tmp_path / "model.safetensors")
+        torch.save({"model": weights}, tmp_path / "deit.pth")
+        for source in (tmp_path, tmp_path / "model.safetensors", tmp_path / "deit.pth"):
+            assert torch.equal(read_weights(source)["norm.weight"], weights["norm.weight"])
+        torch.save({"model": Path}, tmp_path / "code.pth")
+        with pytest.raises(ValueError, match="holds code, which is never run"):
+            read_weights(tmp_path / "code.pth")
 
     def test_positions_are_resized_to_the_models_grid(self):
         source = self.vit(image_size=16).state_dict()

@@ -1,170 +1,17 @@
-"""One function per run, each returning every choice that the run depends on.
+"""One function per run. `python -m training.train RECIPE DATASET OUTPUT field=value ...` finds them by name.
 
-`python -m training.train RECIPE DATASET OUTPUT field=value ...` looks recipes up by name and overrides their fields.
+The rows of the paper exist once per decoder: `ade20k_vit_small_sa`, `ade20k_vit_small_ca`,
+`ade20k_vit_small_mask_transformer` (Segmenter), and so on.
 """
 
-import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
-from depict_hf.configuration_depict import DECODER_TYPES
 from depict_hf.labels import class_names
 
-_CHOICES = {
-    "decoder_type": DECODER_TYPES,
-    "optimizer": ("adamw", "sgd"),
-    "schedule": ("polynomial", "cosine"),
-    "precision": ("float32", "bf16"),
-}
+from .recipe import Recipe, nearest_name
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that one training run depends on, besides the data and the number of processes.
-
-    Args:
-        name: Of the recipe.
-        backbone: Hub name or path of the encoder; `AutoBackbone` must load it.
-        freeze_encoder: Whether the encoder stays as it is, in evaluation mode.
-        cache_features: Whether a frozen encoder computes its outputs once, on whole images of `size` and on their
-            mirror images; training squares are then cut from those outputs, without random scale and colours.
-        decoder_type: One of `DepictConfig`'s.
-        class_names: In the order of their ids.
-        image_column: Of the dataset; found by its usual name if None.
-        label_column: Of the dataset; found by its usual name if None.
-        reduce_labels: Whether label 0 of the dataset is ignored and the others go down by one.
-        train_split, validation_split, test_split: Names of the splits.
-        image_mean, image_std: Of each channel, for values in 0 to 1.
-        size: Pixels of the shorter side, in evaluation and, at ratio 1, in training.
-        long_side_factor: In training, the longer side is at most this times `size` at ratio 1.
-        scale_range: Bounds of the random ratio in training.
-        crop_size: Side in pixels of training crops.
-        window_size, window_stride: In evaluation, pixels; whole images if None.
-        photometric: Whether colours are distorted in training.
-        epochs: Passes over the training split.
-        batch_size: Images per optimiser step, over all processes.
-        accumulation_steps: Forward passes per optimiser step in each process.
-        optimizer: "adamw" or "sgd" (momentum 0.9, Nesterov).
-        learning_rate: Of the decoder's matrices.
-        encoder_rate_factor: The encoder's rate is this times `learning_rate`.
-        scale_rate_factor: The same for class tokens, step sizes and the LayerNorm over classes, which together set
-            the scale of the logits.
-        weight_decay: Of matrices; norms, biases, tokens and step sizes have none.
-        schedule: "polynomial" (power 0.9) or "cosine", from the learning rate down to `final_learning_rate`.
-        final_learning_rate: At the last step.
-        warmup_steps: Optimiser steps of linear growth from zero before the schedule.
-        max_grad_norm: Gradients are clipped to it; 0 for no clipping.
-        precision: "float32", or "bf16" for autocast of the forward pass; the loss is float32 in both.
-        seed: Of initial weights, data order and augmentation.
-        evaluate_every_epochs: Epochs between evaluations on the validation split, and between checkpoints.
-        num_workers: Processes that read data, per training process; 0 reads in the training process.
-
-    Raises:
-        ValueError: If a value is out of its range, or `batch_size` cannot be divided as asked.
-    """
-
-    name: str
-    backbone: str
-    class_names: tuple[str, ...]
-    size: int
-    crop_size: int
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    decoder_type: str = "sa"
-    freeze_encoder: bool = True
-    cache_features: bool = False
-    image_column: str | None = None
-    label_column: str | None = None
-    reduce_labels: bool = False
-    train_split: str = "train"
-    validation_split: str = "validation"
-    test_split: str = "test"
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    long_side_factor: float = 4.0
-    scale_range: tuple[float, float] = (0.5, 2.0)
-    window_size: int | None = None
-    window_stride: int | None = None
-    photometric: bool = True
-    accumulation_steps: int = 1
-    optimizer: str = "adamw"
-    encoder_rate_factor: float = 1.0
-    scale_rate_factor: float = 1.0
-    weight_decay: float = 0.0
-    schedule: str = "polynomial"
-    final_learning_rate: float = 1e-5
-    warmup_steps: int = 0
-    max_grad_norm: float = 0.0
-    precision: str = "float32"
-    seed: int = 0
-    evaluate_every_epochs: int = 1
-    num_workers: int = 2
-
-    def __post_init__(self):
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"Got {name}={getattr(self, name)!r}, needed one of {', '.join(choices)}.")
-        for name in ("size", "crop_size", "epochs", "batch_size", "accumulation_steps", "evaluate_every_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Got {name}={getattr(self, name)}, needed at least 1.")
-        if self.cache_features and not self.freeze_encoder:
-            raise ValueError("Got cache_features=True with freeze_encoder=False; freeze the encoder or do not cache.")
-        if not self.class_names:
-            raise ValueError("Got no class_names; give one for each class, in the order of the ids.")
-        if not 0 < self.scale_range[0] <= self.scale_range[1]:
-            raise ValueError(f"Got scale_range={self.scale_range}, needed two positive ratios, the smaller one first.")
-        if not 0 <= self.final_learning_rate <= self.learning_rate:
-            raise ValueError(
-                f"Got final_learning_rate={self.final_learning_rate}, needed 0 to learning_rate={self.learning_rate}."
-            )
-        self.images_per_pass(num_processes=1)
-
-    def images_per_pass(self, num_processes: int) -> int:
-        """Images in one forward pass of each of `num_processes` processes.
-
-        Raises:
-            ValueError: If `batch_size` does not divide evenly.
-        """
-        passes = num_processes * self.accumulation_steps
-        if self.batch_size % passes:
-            raise ValueError(
-                f"Got batch_size={self.batch_size} for {num_processes} processes with "
-                f"accumulation_steps={self.accumulation_steps}, needed a multiple of {passes}; change one of them."
-            )
-        return self.batch_size // passes
-
-    def steps_per_epoch(self, num_images: int) -> int:
-        """Optimiser steps in a pass over `num_images`; a last incomplete batch is left out.
-
-        Raises:
-            ValueError: If there are fewer images than one batch.
-        """
-        if num_images < self.batch_size:
-            raise ValueError(
-                f"Got {num_images} training images, needed at least one batch of {self.batch_size}; lower batch_size."
-            )
-        return num_images // self.batch_size
-
-    def override(self, assignments: Sequence[str]) -> "Recipe":
-        """The recipe with fields replaced as `field=value` texts say; tuples are separated by commas, None is "none".
-
-        Raises:
-            ValueError: If a text is no assignment, or a field is unknown or its value of another type.
-        """
-        hints = typing.get_type_hints(Recipe)
-        changes = {}
-        for assignment in assignments:
-            name, separator, text = assignment.partition("=")
-            if not separator:
-                raise ValueError(f"Got {assignment!r}, needed field=value.")
-            if name not in hints or name == "name":
-                raise ValueError(f"Unknown recipe field {name!r}{_nearest(name, hints)}.")
-            changes[name] = _parse(name, text, hints[name])
-        return dataclasses.replace(self, **changes)
+PAPER_DECODERS = ("sa", "ca", "mask_transformer")
 
 
 def camvid_dinov2_small_sa() -> Recipe:
@@ -184,8 +31,8 @@ def camvid_dinov2_small_sa() -> Recipe:
         image_mean=(0.485, 0.456, 0.406),
         image_std=(0.229, 0.224, 0.225),
         size=560,
-        crop_size=392,
-        epochs=100,
+        crop_size=280,
+        epochs=120,
         batch_size=8,
         learning_rate=1e-3,
         scale_rate_factor=10.0,
@@ -195,12 +42,132 @@ def camvid_dinov2_small_sa() -> Recipe:
         warmup_steps=50,
         max_grad_norm=1.0,
         precision="bf16",
-        evaluate_every_epochs=10,
+        evaluate_every_epochs=15,
         num_workers=1,
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {function.__name__: function for function in (camvid_dinov2_small_sa,)}
+def _paper(name: str, decoder_type: str, encoder: str, dataset: str, **fields) -> Recipe:
+    """What all rows of the paper share.
+
+    Source:
+        segm/config.yml, segm/train.py and segm/eval/miou.py in rstrudel/segmenter@20d1bfa, which DEPICT trains with.
+    """
+    crop_size = fields["crop_size"]
+    return Recipe(
+        name=f"{name}_{decoder_type}",
+        encoder=encoder,
+        backbone=f"timm/{encoder}.augreg_in21k_ft_in1k",
+        freeze_encoder=False,
+        drop_path_rate=0.1,
+        decoder_type=decoder_type,
+        class_names=tuple(class_names(dataset)),
+        optimizer="sgd",
+        schedule="polynomial",
+        final_learning_rate=1e-5,
+        window_size=crop_size,
+        final_window_stride=crop_size - 32,
+        num_workers=10,
+        **fields,
+    )
+
+
+def _ade20k(size: str, decoder_type: str, image_size: int = 512) -> Recipe:
+    suffix = "" if image_size == 512 else f"_{image_size}"
+    return _paper(
+        f"ade20k_vit_{size}{suffix}",
+        decoder_type,
+        f"vit_{size}_patch16_384",
+        "ade20k",
+        reduce_labels=True,
+        size=image_size,
+        crop_size=image_size,
+        window_stride=image_size,
+        long_side_factor=4.0,
+        epochs=64,
+        batch_size=8,
+        learning_rate=0.001,
+        evaluate_every_epochs=2,
+    )
+
+
+def ade20k_vit_tiny(decoder_type: str) -> Recipe:
+    """ADE20K, ViT-Ti/16: `python -m training.train ade20k_vit_tiny_sa DATASET OUTPUT`."""
+    return _ade20k("tiny", decoder_type)
+
+
+def ade20k_vit_small(decoder_type: str) -> Recipe:
+    """ADE20K, ViT-S/16: `python -m training.train ade20k_vit_small_sa DATASET OUTPUT`."""
+    return _ade20k("small", decoder_type)
+
+
+def ade20k_vit_base(decoder_type: str) -> Recipe:
+    """ADE20K, ViT-B/16: `python -m training.train ade20k_vit_base_sa DATASET OUTPUT`."""
+    return _ade20k("base", decoder_type)
+
+
+def ade20k_vit_large_640(decoder_type: str) -> Recipe:
+    """ADE20K, ViT-L/16 at 640: `python -m training.train ade20k_vit_large_640_sa DATASET OUTPUT`.
+
+    The paper's mIoU for DEPICT: 52.9 single-scale, 54.3 multi-scale.
+    """
+    return _ade20k("large", decoder_type, image_size=640)
+
+
+def pascal_context_vit_large(decoder_type: str) -> Recipe:
+    """Pascal Context, ViT-L/16: `python -m training.train pascal_context_vit_large_sa DATASET OUTPUT`.
+
+    The paper's mIoU for DEPICT: 57.9 single-scale, 58.6 multi-scale.
+    """
+    return _paper(
+        "pascal_context_vit_large",
+        decoder_type,
+        "vit_large_patch16_384",
+        "pascal_context",
+        size=520,
+        crop_size=480,
+        window_stride=320,
+        long_side_factor=8.0,
+        epochs=256,
+        batch_size=16,
+        learning_rate=0.001,
+        evaluate_every_epochs=8,
+    )
+
+
+def cityscapes_vit_large(decoder_type: str) -> Recipe:
+    """Cityscapes, ViT-L/16, labels as trainIds: `python -m training.train cityscapes_vit_large_sa DATASET OUTPUT`.
+
+    The paper's mIoU for DEPICT: 78.8 single-scale, 81.0 multi-scale.
+    """
+    return _paper(
+        "cityscapes_vit_large",
+        decoder_type,
+        "vit_large_patch16_384",
+        "cityscapes",
+        size=1024,
+        crop_size=768,
+        window_stride=512,
+        long_side_factor=2.0,
+        epochs=216,
+        batch_size=8,
+        learning_rate=0.01,
+        evaluate_every_epochs=4,
+    )
+
+
+_PAPER_ROWS = (
+    ade20k_vit_tiny,
+    ade20k_vit_small,
+    ade20k_vit_base,
+    ade20k_vit_large_640,
+    pascal_context_vit_large,
+    cityscapes_vit_large,
+)
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "camvid_dinov2_small_sa": camvid_dinov2_small_sa,
+    **{f"{row.__name__}_{kind}": partial(row, kind) for row in _PAPER_ROWS for kind in PAPER_DECODERS},
+}
 
 
 def get_recipe(name: str) -> Recipe:
@@ -210,27 +177,5 @@ def get_recipe(name: str) -> Recipe:
         ValueError: If there is none of that name.
     """
     if name not in RECIPES:
-        raise ValueError(f"Unknown recipe {name!r}{_nearest(name, RECIPES)}.")
+        raise ValueError(f"Unknown recipe {name!r}{nearest_name(name, RECIPES)}.")
     return RECIPES[name]()
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    known = [each for each in known if each != "name"]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return f"; did you mean {nearest!r}? Known are {', '.join(known)}"
-
-
-def _parse(name: str, text: str, hint: typing.Any) -> object:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if types.NoneType in options and text.lower() == "none":
-        return None
-    kind = options[0]
-    try:
-        if typing.get_origin(kind) is tuple:
-            items, parts = typing.get_args(kind), text.split(",")
-            items = items[:1] * len(parts) if items[-1] is Ellipsis else items
-            return tuple(item(part) for item, part in zip(items, parts, strict=True))
-        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        wanted = hint.__name__ if isinstance(hint, type) else hint
-        raise ValueError(f"Got {name}={text}, needed a value of type {wanted}.") from None

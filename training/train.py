@@ -12,12 +12,14 @@ from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 
 from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf.conversion import load_encoder, read_weights
 
 from .augmentation import TrainingAugmentation
 from .data import EvaluationDataset, SegmentationDataset, TrainingDataset, get_split, load_dataset_splits
 from .evaluate import environment, evaluate, render_table, write_json
 from .features import DecoderOnFeatures, FeatureDataset
-from .recipes import Recipe, get_recipe
+from .recipe import Recipe
+from .recipes import get_recipe
 from .trainer import SegmentationTrainer
 
 
@@ -25,30 +27,46 @@ def build_model(recipe: Recipe) -> DepictForSemanticSegmentation:
     """The recipe's model, float32: the pretrained encoder, frozen if so asked, and a new decoder.
 
     Raises:
-        OSError: If the backbone cannot be loaded.
-        ValueError: If weights of the backbone are missing.
+        OSError: If the encoder's weights cannot be loaded.
+        ValueError: If weights of the encoder are missing.
     """
-    config = DepictConfig(
-        backbone_config=AutoConfig.from_pretrained(recipe.backbone),
-        decoder_type=recipe.decoder_type,
-        id2label=dict(enumerate(recipe.class_names)),
-        label2id={name: index for index, name in enumerate(recipe.class_names)},
-        window_size=recipe.window_size,
-        window_stride=recipe.window_stride,
-    )
-    model = DepictForSemanticSegmentation(config)
+    fields = {
+        "decoder_type": recipe.decoder_type,
+        "id2label": dict(enumerate(recipe.class_names)),
+        "label2id": {name: index for index, name in enumerate(recipe.class_names)},
+        "window_size": recipe.window_size,
+        "window_stride": recipe.window_stride,
+    }
+    if recipe.encoder is None:
+        model = DepictForSemanticSegmentation(
+            DepictConfig(backbone_config=AutoConfig.from_pretrained(recipe.backbone), **fields)
+        )
+        load_backbone(model, recipe.backbone)
+    else:
+        fields |= {"image_size": recipe.crop_size, "drop_path_rate": recipe.drop_path_rate}
+        model = DepictForSemanticSegmentation(DepictConfig.from_preset(recipe.encoder, **fields))
+        load_encoder(model, read_weights(recipe.backbone))
+    model.encoder.requires_grad_(not recipe.freeze_encoder)
+    return model
+
+
+def load_backbone(model: DepictForSemanticSegmentation, name_or_path: str) -> None:
+    """Load pretrained weights, float32, into the model's backbone, in place.
+
+    Raises:
+        OSError: If they cannot be loaded.
+        ValueError: If some are missing.
+    """
     # `AutoBackbone.from_pretrained` takes a local folder for the name of a timm model; the class itself does not.
     backbone_class = type(model.encoder.backbone)
     model.encoder.backbone, loading = backbone_class.from_pretrained(
-        recipe.backbone, config=model.encoder.backbone.config, dtype=torch.float32, output_loading_info=True
+        name_or_path, config=model.encoder.backbone.config, dtype=torch.float32, output_loading_info=True
     )
     if loading["missing_keys"]:
         raise ValueError(
-            f"{recipe.backbone} lacks weights of {backbone_class.__name__}, among them "
+            f"{name_or_path} lacks weights of {backbone_class.__name__}, among them "
             f"{sorted(loading['missing_keys'])[:5]}; choose a checkpoint of that architecture."
         )
-    model.encoder.requires_grad_(not recipe.freeze_encoder)
-    return model
 
 
 def build_image_processor(recipe: Recipe) -> DepictImageProcessor:
@@ -177,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(record, arguments.output / "recipe.json")
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
+        model.config.window_stride = recipe.final_window_stride or recipe.window_stride
         model.eval().save_pretrained(arguments.output)
         trainer.processing_class.save_pretrained(arguments.output)
         record = evaluate(model, trainer.processing_class, test)

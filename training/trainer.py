@@ -13,7 +13,7 @@ from depict_hf.windows import resize_bilinear
 
 from .augmentation import IGNORE_INDEX
 from .metrics import MeanIoU
-from .recipes import Recipe
+from .recipe import Recipe
 
 SCALE_PARAMETERS = ("mask_norm.", "step_size", "class_tokens")
 TOKENS = ("token", "position_embeddings", "lambda")

@@ -4,13 +4,17 @@ import json
 from functools import cache
 from importlib.resources import files
 
-DATASETS = ("ade20k", "camvid", "cityscapes", "pascal_context")
+
+def datasets() -> tuple[str, ...]:
+    """Names of the datasets whose classes are known: those of the JSON files beside this module."""
+    found = [path.name for path in files(__name__).iterdir()]
+    return tuple(sorted(name.removesuffix(".json") for name in found if name.endswith(".json")))
 
 
 @cache
 def _classes(dataset: str) -> list[dict]:
-    if dataset not in DATASETS:
-        raise ValueError(f"Unknown dataset {dataset!r}; choose one of {', '.join(DATASETS)}.")
+    if dataset not in datasets():
+        raise ValueError(f"Unknown dataset {dataset!r}; choose one of {', '.join(datasets())}.")
     return json.loads((files(__name__) / f"{dataset}.json").read_text(encoding="utf-8"))
 
 
@@ -18,7 +22,7 @@ def class_names(dataset: str) -> list[str]:
     """Names by class id, in the order of the published checkpoints (CamVid: of SegNet's 11 classes).
 
     Raises:
-        ValueError: If the dataset is none of `DATASETS`.
+        ValueError: If the dataset is none of `datasets()`.
     """
     return [each["name"] for each in _classes(dataset)]
 
@@ -27,19 +31,25 @@ def class_colors(dataset: str) -> list[tuple[int, int, int]]:
     """Display colours by class id, RGB in 0 to 255.
 
     Raises:
-        ValueError: If the dataset is none of `DATASETS`.
+        ValueError: If the dataset is none of `datasets()`.
     """
     return [tuple(each["color"]) for each in _classes(dataset)]
 
 
-def colors_for(names: list[str]) -> list[tuple[int, int, int]]:
+def colors_for(id2label: dict[int, str]) -> list[tuple[int, int, int]]:
     """Display colours for a model's classes: those of the dataset with exactly these names, else distinct ones.
 
     Args:
-        names: By class id.
+        id2label: Names by class id, as in the model's config.
+
+    Raises:
+        ValueError: If the ids are not 0, 1, 2, ... without a gap.
     """
-    for dataset in DATASETS:
-        if class_names(dataset) == list(names):
+    if set(id2label) != set(range(len(id2label))):
+        raise ValueError(f"Got the ids {sorted(id2label)[:10]} for {len(id2label)} classes; number them from 0.")
+    names = [id2label[index] for index in range(len(id2label))]
+    for dataset in datasets():
+        if class_names(dataset) == names:
             return class_colors(dataset)
     return [distinct_color(index + 1) for index in range(len(names))]
 
@@ -47,7 +57,7 @@ def colors_for(names: list[str]) -> list[tuple[int, int, int]]:
 def distinct_color(index: int) -> tuple[int, int, int]:
     """Colour number `index` of PASCAL VOC's colour map: the bits of the index, dealt to red, green and blue in turn.
 
-    The first 256 differ from each other; 0 is black.
+    0 is black; all up to 2^24 differ from each other.
     """
     color = [0, 0, 0]
     for bit in range(8):

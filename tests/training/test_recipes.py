@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from training.recipes import RECIPES, Recipe, camvid_dinov2_small_sa, get_recipe
+from training.recipe import Recipe
+from training.recipes import RECIPES, camvid_dinov2_small_sa, get_recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -20,6 +21,34 @@ def test_camvid_squares_are_whole_patches():
     recipe = camvid_dinov2_small_sa()
     assert recipe.class_names[3] == "road" and len(recipe.class_names) == 11
     assert recipe.crop_size % 14 == recipe.size % 14 == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "encoder", "size", "crop", "stride", "final_stride", "epochs", "batch", "rate", "long_side", "classes"),
+    [
+        ("ade20k_vit_tiny", "vit_tiny_patch16_384", 512, 512, 512, 480, 64, 8, 0.001, 4, 150),
+        ("ade20k_vit_small", "vit_small_patch16_384", 512, 512, 512, 480, 64, 8, 0.001, 4, 150),
+        ("ade20k_vit_base", "vit_base_patch16_384", 512, 512, 512, 480, 64, 8, 0.001, 4, 150),
+        ("ade20k_vit_large_640", "vit_large_patch16_384", 640, 640, 640, 608, 64, 8, 0.001, 4, 150),
+        ("pascal_context_vit_large", "vit_large_patch16_384", 520, 480, 320, 448, 256, 16, 0.001, 8, 60),
+        ("cityscapes_vit_large", "vit_large_patch16_384", 1024, 768, 512, 736, 216, 8, 0.01, 2, 19),
+    ],
+)
+@pytest.mark.parametrize("decoder_type", ["sa", "ca", "mask_transformer"])
+def test_rows_of_the_paper(
+    row, encoder, size, crop, stride, final_stride, epochs, batch, rate, long_side, classes, decoder_type
+):
+    """segm/config.yml, segm/train.py and segm/eval/miou.py in rstrudel/segmenter@20d1bfa."""
+    recipe = get_recipe(f"{row}_{decoder_type}")
+    assert (recipe.encoder, recipe.decoder_type, len(recipe.class_names)) == (encoder, decoder_type, classes)
+    assert (recipe.size, recipe.crop_size, recipe.long_side_factor) == (size, crop, long_side)
+    assert (recipe.window_size, recipe.window_stride, recipe.final_window_stride) == (crop, stride, final_stride)
+    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (epochs, batch, rate)
+    assert (recipe.optimizer, recipe.schedule, recipe.final_learning_rate) == ("sgd", "polynomial", 1e-5)
+    assert (recipe.weight_decay, recipe.warmup_steps, recipe.max_grad_norm, recipe.drop_path_rate) == (0, 0, 0, 0.1)
+    assert (recipe.scale_rate_factor, recipe.encoder_rate_factor, recipe.precision) == (1, 1, "float32")
+    assert not recipe.freeze_encoder and recipe.photometric and recipe.scale_range == (0.5, 2.0)
+    assert recipe.reduce_labels == row.startswith("ade20k")
 
 
 def test_derived_numbers():
@@ -79,6 +108,7 @@ def test_override_parses_by_the_fields_type(assignment, value):
         ("window_size=big", "window_size=big, needed a value of type int"),
         ("epochs=none", "epochs=none, needed a value of type int"),
         ("epochs=0", "epochs=0, needed at least 1"),
+        ("encoder=vit_giant", "encoder='vit_giant', needed none or one of vit_tiny_patch16_384"),
         ("decoder_type=mlp", "decoder_type='mlp', needed one of sa, ca"),
         ("scale_range=2,1", "two positive ratios"),
         ("final_learning_rate=1", "final_learning_rate=1.0, needed 0 to learning_rate"),

@@ -8,18 +8,19 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 import transformers
 from conftest import tiny_model
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.conversion import convert_checkpoint
 from depict_hf.inference import segment
 from training import evaluate, train
 from training.metrics import MeanIoU
-from training.recipes import camvid_dinov2_small_sa
+from training.recipes import camvid_dinov2_small_sa, get_recipe
 from training.trainer import create_optimizer, create_scheduler, parameter_groups, rate_factor
 
 RECIPE = dataclasses.replace(
@@ -274,6 +275,27 @@ def test_a_run_on_cached_features_saves_the_whole_model(dataset_folder, backbone
     for name, weight in checkpoint.items():
         assert torch.equal(model.state_dict()[name], weight), name
     assert not torch.equal(model.decoder.mask_norm.weight, torch.ones(5))
+
+
+def test_a_row_of_the_paper_trains_from_timm_weights(dataset_folder, tmp_path):
+    """ViT-Ti/16 on squares of 32 pixels: the encoder starts from the file, and learns; the stride is the final one."""
+    torch.manual_seed(0)
+    source = timm.create_model("vit_tiny_patch16_384", pretrained=False).state_dict()
+    save_file(source, tmp_path / "timm.safetensors")
+    fields = [each for each in FIELDS if not each.startswith(("window_stride", "cache_features", "warmup"))]
+    fields = [each.replace("28", "32") for each in fields]
+    fields += ["reduce_labels=false", "window_stride=32", "final_window_stride=16"]
+    recipe = get_recipe("ade20k_vit_tiny_sa").override([*fields, f"backbone={tmp_path / 'timm.safetensors'}"])
+    model = train.build_model(recipe)
+    assert torch.equal(model.encoder.layers[11].mlp.fc2.weight, source["blocks.11.mlp.fc2.weight"])
+    assert model.encoder.layers[11].drop_path.p == pytest.approx(0.1)
+
+    output = tmp_path / "output"
+    arguments = ["ade20k_vit_tiny_sa", dataset_folder, str(output), "--backbone", str(tmp_path / "timm.safetensors")]
+    assert train.main([*arguments, *fields]) == 0
+    trained = DepictForSemanticSegmentation.from_pretrained(output)
+    assert not torch.equal(trained.encoder.layers[11].mlp.fc2.weight, source["blocks.11.mlp.fc2.weight"])
+    assert (trained.config.window_size, trained.config.window_stride) == (32, 16)
 
 
 @pytest.mark.parametrize("frozen", [True, False])

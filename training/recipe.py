@@ -1,0 +1,195 @@
+"""`Recipe`: every choice that a training run depends on, its derived numbers, and overrides from the command line."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from depict_hf.configuration_depict import DECODER_TYPES, ENCODER_PRESETS
+
+_CHOICES = {
+    "decoder_type": DECODER_TYPES,
+    "optimizer": ("adamw", "sgd"),
+    "schedule": ("polynomial", "cosine"),
+    "precision": ("float32", "bf16"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that one training run depends on, besides the data and the number of processes.
+
+    Args:
+        name: Of the recipe.
+        backbone: Hub name or path of the encoder's weights: what `AutoBackbone` loads, or with `encoder`, what
+            `depict_hf.conversion.read_weights` reads.
+        encoder: Preset of `DepictConfig` for the native encoder; None for a backbone of transformers.
+        drop_path_rate: Stochastic depth of the native encoder's last block.
+        freeze_encoder: Whether the encoder stays as it is, in evaluation mode.
+        cache_features: Whether a frozen encoder computes its outputs once, on whole images of `size` and on their
+            mirror images; training squares are then cut from those outputs, without random scale and colours.
+        decoder_type: One of `DepictConfig`'s.
+        class_names: In the order of their ids.
+        image_column: Of the dataset; found by its usual name if None.
+        label_column: Of the dataset; found by its usual name if None.
+        reduce_labels: Whether label 0 of the dataset is ignored and the others go down by one.
+        train_split, validation_split, test_split: Names of the splits.
+        image_mean, image_std: Of each channel, for values in 0 to 1.
+        size: Pixels of the shorter side, in evaluation and, at ratio 1, in training.
+        long_side_factor: In training, the longer side is at most this times `size` at ratio 1.
+        scale_range: Bounds of the random ratio in training.
+        crop_size: Side in pixels of training crops.
+        window_size, window_stride: In evaluation during training, pixels; whole images if None.
+        final_window_stride: Stride of the trained model; `window_stride` if None.
+        photometric: Whether colours are distorted in training.
+        epochs: Passes over the training split.
+        batch_size: Images per optimiser step, over all processes.
+        accumulation_steps: Forward passes per optimiser step in each process.
+        optimizer: "adamw" or "sgd" (momentum 0.9, Nesterov).
+        learning_rate: Of the decoder's matrices.
+        encoder_rate_factor: The encoder's rate is this times `learning_rate`.
+        scale_rate_factor: The same for class tokens, step sizes and the LayerNorm over classes, which together set
+            the scale of the logits.
+        weight_decay: Of matrices; norms, biases, tokens and step sizes have none.
+        schedule: "polynomial" (power 0.9) or "cosine", from the learning rate down to `final_learning_rate`.
+        final_learning_rate: At the last step.
+        warmup_steps: Optimiser steps of linear growth from zero before the schedule.
+        max_grad_norm: Gradients are clipped to it; 0 for no clipping.
+        precision: "float32", or "bf16" for autocast of the forward pass; the loss is float32 in both.
+        seed: Of initial weights, data order and augmentation.
+        evaluate_every_epochs: Epochs between evaluations on the validation split, and between checkpoints.
+        num_workers: Processes that read data, per training process; 0 reads in the training process.
+
+    Raises:
+        ValueError: If a value is out of its range, or `batch_size` cannot be divided as asked.
+    """
+
+    name: str
+    backbone: str
+    class_names: tuple[str, ...]
+    size: int
+    crop_size: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    encoder: str | None = None
+    drop_path_rate: float = 0.0
+    decoder_type: str = "sa"
+    freeze_encoder: bool = True
+    cache_features: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
+    reduce_labels: bool = False
+    train_split: str = "train"
+    validation_split: str = "validation"
+    test_split: str = "test"
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    long_side_factor: float = 4.0
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    window_size: int | None = None
+    window_stride: int | None = None
+    final_window_stride: int | None = None
+    photometric: bool = True
+    accumulation_steps: int = 1
+    optimizer: str = "adamw"
+    encoder_rate_factor: float = 1.0
+    scale_rate_factor: float = 1.0
+    weight_decay: float = 0.0
+    schedule: str = "polynomial"
+    final_learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    max_grad_norm: float = 0.0
+    precision: str = "float32"
+    seed: int = 0
+    evaluate_every_epochs: int = 1
+    num_workers: int = 2
+
+    def __post_init__(self):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Got {name}={getattr(self, name)!r}, needed one of {', '.join(choices)}.")
+        for name in ("size", "crop_size", "epochs", "batch_size", "accumulation_steps", "evaluate_every_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Got {name}={getattr(self, name)}, needed at least 1.")
+        if self.cache_features and not self.freeze_encoder:
+            raise ValueError("Got cache_features=True with freeze_encoder=False; freeze the encoder or do not cache.")
+        if self.encoder not in (None, *ENCODER_PRESETS):
+            raise ValueError(f"Got encoder={self.encoder!r}, needed none or one of {', '.join(ENCODER_PRESETS)}.")
+        if not self.class_names:
+            raise ValueError("Got no class_names; give one for each class, in the order of the ids.")
+        if not 0 < self.scale_range[0] <= self.scale_range[1]:
+            raise ValueError(f"Got scale_range={self.scale_range}, needed two positive ratios, the smaller one first.")
+        if not 0 <= self.final_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"Got final_learning_rate={self.final_learning_rate}, needed 0 to learning_rate={self.learning_rate}."
+            )
+        self.images_per_pass(num_processes=1)
+
+    def images_per_pass(self, num_processes: int) -> int:
+        """Images in one forward pass of each of `num_processes` processes.
+
+        Raises:
+            ValueError: If `batch_size` does not divide evenly.
+        """
+        passes = num_processes * self.accumulation_steps
+        if self.batch_size % passes:
+            raise ValueError(
+                f"Got batch_size={self.batch_size} for {num_processes} processes with "
+                f"accumulation_steps={self.accumulation_steps}, needed a multiple of {passes}; change one of them."
+            )
+        return self.batch_size // passes
+
+    def steps_per_epoch(self, num_images: int) -> int:
+        """Optimiser steps in a pass over `num_images`; a last incomplete batch is left out.
+
+        Raises:
+            ValueError: If there are fewer images than one batch.
+        """
+        if num_images < self.batch_size:
+            raise ValueError(
+                f"Got {num_images} training images, needed at least one batch of {self.batch_size}; lower batch_size."
+            )
+        return num_images // self.batch_size
+
+    def override(self, assignments: Sequence[str]) -> "Recipe":
+        """The recipe with fields replaced as `field=value` texts say; tuples are separated by commas, None is "none".
+
+        Raises:
+            ValueError: If a text is no assignment, or a field is unknown or its value of another type.
+        """
+        hints = typing.get_type_hints(Recipe)
+        changes = {}
+        for assignment in assignments:
+            name, separator, text = assignment.partition("=")
+            if not separator:
+                raise ValueError(f"Got {assignment!r}, needed field=value.")
+            if name not in hints or name == "name":
+                raise ValueError(f"Unknown recipe field {name!r}{nearest_name(name, hints)}.")
+            changes[name] = _parse(name, text, hints[name])
+        return dataclasses.replace(self, **changes)
+
+
+def nearest_name(name: str, known: typing.Iterable[str]) -> str:
+    """A hint for messages about an unknown name: the most similar one, and all there are."""
+    known = [each for each in known if each != "name"]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f"; did you mean {nearest!r}? Known are {', '.join(known)}"
+
+
+def _parse(name: str, text: str, hint: typing.Any) -> object:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if types.NoneType in options and text.lower() == "none":
+        return None
+    kind = options[0]
+    try:
+        if typing.get_origin(kind) is tuple:
+            items, parts = typing.get_args(kind), text.split(",")
+            items = items[:1] * len(parts) if items[-1] is Ellipsis else items
+            return tuple(item(part) for item, part in zip(items, parts, strict=True))
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        wanted = hint.__name__ if isinstance(hint, type) else hint
+        raise ValueError(f"Got {name}={text}, needed a value of type {wanted}.") from None
