@@ -5,7 +5,7 @@ from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
-DECODER_TYPES = ("sa", "ca", "mask_transformer", "linear")
+DECODER_TYPES = ("sa", "ca", "cbsa", "mask_transformer", "linear")
 
 # (patch_size, hidden_size, num_hidden_layers, num_attention_heads, use_distillation_token), by the names that the
 # published code (segm/config.yml in rstrudel/segmenter@20d1bfa) and timm give to the backbones.
@@ -51,8 +51,8 @@ class DepictConfig(PreTrainedConfig):
         initializer_range: Standard deviation of the truncated normal that weights and tokens start from.
         backbone_config: Configuration, or its dict with `model_type`, of any `AutoBackbone` whose last feature map
             is one plain patch grid (DINOv2, DINOv3, BEiT, ...).
-        decoder_type: "sa" (DEPICT, self-attention), "ca" (DEPICT, cross-attention), "mask_transformer" or "linear"
-            (Segmenter).
+        decoder_type: "sa" (DEPICT, self-attention), "ca" (DEPICT, cross-attention), "cbsa" (the same authors'
+            linear-time follow-up), "mask_transformer" or "linear" (Segmenter).
         decoder_num_layers: Layers that refine the patch tokens.
         decoder_num_heads: Subspaces of a DEPICT layer, heads of a "mask_transformer" layer.
         decoder_head_dim: Dimension of one subspace.

@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .configuration_depict import DECODER_TYPES, DepictConfig
+from .configuration_depict import DepictConfig
 from .image_processing_depict import DepictImageProcessor
 from .labels import class_names
 from .modeling_depict import DepictForSemanticSegmentation
@@ -23,8 +23,8 @@ NORMALIZATIONS = {
     "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-# Dimension of one head, fixed in the published code: model/decoder.py in QishuaiWen/DEPICT@6c66e2b ("sa" and "ca"),
-# segm/model/factory.py in rstrudel/segmenter@20d1bfa ("mask_transformer").
+# Dimension of one head, fixed in the published code: model/decoder.py in QishuaiWen/DEPICT@6c66e2b ("sa" and "ca";
+# "cbsa" has the same), segm/model/factory.py in rstrudel/segmenter@20d1bfa ("mask_transformer").
 SUBSPACE_DIM = 100
 MASK_TRANSFORMER_HEAD_DIM = 64
 
@@ -43,6 +43,10 @@ _PUBLISHED_NAMES = [
     (r"decoder\.(?:net|snet)\.layers\.(\d+)\.norm\.(\w+)", r"decoder.layers.\1.norm.\2"),
     (r"decoder\.(?:net|snet)\.layers\.(\d+)\.fn\.proj", r"decoder.layers.\1.projection"),
     (r"decoder\.(?:net|snet)\.layers\.(\d+)\.fn\.step_size", r"decoder.layers.\1.step_size"),
+    (r"decoder\.net\.layers\.(\d+)\.fn\.proj\.weight", r"decoder.layers.\1.projection.weight"),
+    (r"decoder\.net\.layers\.(\d+)\.fn\.to_out\.(\w+)", r"decoder.layers.\1.output.\2"),
+    (r"decoder\.net\.layers\.(\d+)\.fn\.step_x", r"decoder.layers.\1.step_size"),
+    (r"decoder\.net\.layers\.(\d+)\.fn\.step_rep", r"decoder.layers.\1.representative_step_size"),
     (r"decoder\.cnet\.layers\.(\d+)\.norm\.(\w+)", r"decoder.cross_layers.\1.norm.\2"),
     (r"decoder\.cnet\.layers\.(\d+)\.fn\.proj", r"decoder.cross_layers.\1.projection"),
     (r"decoder\.cnet\.layers\.(\d+)\.fn\.step_size", r"decoder.cross_layers.\1.step_size"),
@@ -316,25 +320,23 @@ def _decoder_fields(state_dict: dict[str, Tensor], decoder: dict) -> dict:
             "decoder_dropout": dropout,
             "decoder_drop_path_rate": decoder.get("drop_path_rate", 0.0),
         }
-    if "decoder.net.layers.0.fn.to_out.weight" in state_dict:
-        raise ValueError(
-            "This checkpoint's decoder is contract-and-broadcast self-attention (CBSA), which is none of the decoders "
-            f"that can be converted: {', '.join(DECODER_TYPES)}."
-        )
     stack = "decoder.snet" if "decoder.snet.layers.0.fn.proj" in state_dict else "decoder.net"
-    rows = state_dict[f"{stack}.layers.0.fn.proj"].shape[0]
+    kind = "ca" if stack == "decoder.snet" else "sa"
+    projection = f"{stack}.layers.0.fn.proj"
+    if f"{projection}.weight" in state_dict:
+        kind, projection = "cbsa", f"{projection}.weight"
+    rows = state_dict[projection].shape[0]
     num_heads = decoder.get("n_heads") or rows // SUBSPACE_DIM
     fields = {
-        "decoder_type": "sa",
+        "decoder_type": kind,
         "decoder_num_layers": _count_layers(state_dict, f"{stack}.layers"),
         "decoder_num_heads": num_heads,
         "decoder_head_dim": _head_dim(rows, num_heads),
         "decoder_dropout": dropout,
     }
-    if stack == "decoder.net":
+    if kind != "ca":
         return fields
     return fields | {
-        "decoder_type": "ca",
         "decoder_cross_num_layers": _count_layers(state_dict, "decoder.cnet.layers"),
         "decoder_cross_head_dim": _head_dim(state_dict["decoder.cnet.layers.0.fn.proj"].shape[0], num_heads),
     }

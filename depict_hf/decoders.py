@@ -2,8 +2,8 @@
 
 `decoder(patches, (grid_height, grid_width)) -> logits`, with patches `(batch, grid_height * grid_width, hidden)`,
 row-major, and logits `(batch, num_labels, grid_height, grid_width)`. "sa" and "ca" are DEPICT's white-box decoders (Wen
-and Li, NeurIPS 2024); "mask_transformer" and "linear" are Segmenter's (Strudel et al., ICCV 2021), the black-box
-counterpart.
+and Li, NeurIPS 2024) and "cbsa" their linear-time follow-up (Wen et al., NeurIPS 2025); "mask_transformer" and "linear"
+are Segmenter's (Strudel et al., ICCV 2021), the black-box counterpart.
 """
 
 import torch
@@ -145,6 +145,102 @@ class CrossAttentionDecoder(nn.Module):
         return class_logits(patches, self.class_norm(classes), self.mask_norm, grid_size)
 
 
+class ContractBroadcastAttention(GradientCheckpointingLayer):
+    """One layer of contract-and-broadcast self-attention (CBSA), with its LayerNorm and residual.
+
+    A few representatives r, averages of the projected patches over a coarse grid, are contracted in place of all
+    tokens; the step is then broadcast back. With w = W LN(x) split into heads and A = softmax(r w^T / sqrt(head_dim)):
+
+        r <- r + s_r A w
+        x <- x + W_out (s_x A^T softmax(r r^T / sqrt(head_dim)) r)
+
+    Its cost grows linearly with the number of tokens.
+
+    Source:
+        Wen et al. 2025; `Attention`, CBSA_semantic_segmentation/segm/model/dec_blocks.py in QishuaiWen/CBSA@042c7f9.
+        There 150 classes and a square grid are built in; here both are free.
+    """
+
+    REPRESENTATIVES = (10, 10)
+
+    def __init__(self, config: DepictConfig, hidden_size: int):
+        super().__init__()
+        self.num_heads = config.decoder_num_heads
+        inner_size = self.num_heads * config.decoder_head_dim
+        self.norm = nn.LayerNorm(hidden_size)
+        self.projection = nn.Linear(hidden_size, inner_size, bias=False)
+        self.output = nn.Linear(inner_size, hidden_size)
+        self.step_size = nn.Parameter(torch.zeros(self.num_heads, 1, 1))
+        self.representative_step_size = nn.Parameter(torch.zeros(self.num_heads, 1, 1))
+
+    def forward(
+        self, hidden_states: Tensor, grid_size: tuple[int, int], output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take one step.
+
+        Args:
+            hidden_states: x, `(batch, patches + classes, hidden)`, the patches first, row-major.
+            grid_size: `(grid_height, grid_width)` of the patches; the class tokens are not averaged.
+            output_attentions: Whether to return A.
+
+        Returns:
+            The refined tokens, and A `(batch, heads, representatives, tokens)` or None.
+        """
+        projected = self.projection(self.norm(hidden_states))
+        patches = projected[:, : grid_size[0] * grid_size[1]].transpose(1, 2).unflatten(2, grid_size)
+        representatives = F.adaptive_avg_pool2d(patches, self.REPRESENTATIVES).flatten(2).transpose(1, 2)
+        tokens, representatives = self._split_heads(projected), self._split_heads(representatives)
+
+        contraction = self._weights(representatives, tokens)
+        representatives = representatives + self.representative_step_size * (contraction @ tokens)
+        update = self._weights(representatives, representatives) @ representatives
+        update = self.step_size * (contraction.transpose(-1, -2) @ update)
+        refined = hidden_states + self.output(update.transpose(1, 2).flatten(2))
+        return refined, contraction if output_attentions else None
+
+    def _split_heads(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    @staticmethod
+    def _weights(queries: Tensor, keys: Tensor) -> Tensor:
+        return (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+class ContractBroadcastDecoder(nn.Module):
+    """The linear-time follow-up of DEPICT-SA: class tokens join the patch tokens in layers of CBSA.
+
+    Source:
+        Wen et al., NeurIPS 2025; `MaskTransformer`, CBSA_semantic_segmentation/segm/model/decoder.py in
+        QishuaiWen/CBSA@042c7f9.
+    """
+
+    def __init__(self, config: DepictConfig, hidden_size: int):
+        super().__init__()
+        self.class_tokens = nn.Parameter(torch.zeros(1, config.num_labels, hidden_size))
+        self.layers = nn.ModuleList(
+            ContractBroadcastAttention(config, hidden_size) for _ in range(config.decoder_num_layers)
+        )
+        self.norm = nn.LayerNorm(hidden_size)
+        self.mask_norm = nn.LayerNorm(config.num_labels)
+
+    def forward(
+        self,
+        patches: Tensor,
+        grid_size: tuple[int, int],
+        record: LayerRecord | None = None,
+        cross_record: LayerRecord | None = None,
+    ) -> Tensor:
+        record = record or LayerRecord()
+        check_grid(patches, grid_size)
+        hidden_states = torch.cat([patches, self.class_tokens.expand(patches.shape[0], -1, -1)], dim=1)
+        record.add(hidden_states)
+        for layer in self.layers:
+            hidden_states, weights = layer(hidden_states, grid_size, record.keep_attentions)
+            record.add(hidden_states, weights)
+        patches, classes = self.norm(hidden_states).split([patches.shape[1], self.class_tokens.shape[1]], dim=1)
+        return class_logits(patches, classes, self.mask_norm, grid_size)
+
+
 class MaskTransformerDecoder(nn.Module):
     """Segmenter's mask transformer: class tokens join the patch tokens in ordinary transformer blocks.
 
@@ -225,6 +321,7 @@ class LinearDecoder(nn.Module):
 DECODERS = {
     "sa": SelfAttentionDecoder,
     "ca": CrossAttentionDecoder,
+    "cbsa": ContractBroadcastDecoder,
     "mask_transformer": MaskTransformerDecoder,
     "linear": LinearDecoder,
 }
@@ -255,10 +352,15 @@ def to_grid(scores: Tensor, grid_size: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: If the patches do not fill the grid.
     """
-    grid_height, grid_width = grid_size
-    if scores.shape[1] != grid_height * grid_width:
+    check_grid(scores, grid_size)
+    return scores.transpose(1, 2).unflatten(2, tuple(grid_size))
+
+
+def check_grid(patches: Tensor, grid_size: tuple[int, int]) -> None:
+    """Raise ValueError unless `(batch, patches, ...)` fills the grid."""
+    needed = grid_size[0] * grid_size[1]
+    if patches.shape[1] != needed:
         raise ValueError(
-            f"Got {scores.shape[1]} patch tokens for grid_size={tuple(grid_size)}, which needs "
-            f"{grid_height * grid_width}; drop CLS and register tokens before decoding."
+            f"Got {patches.shape[1]} patch tokens for grid_size={tuple(grid_size)}, which needs {needed}; drop CLS and "
+            "register tokens before decoding."
         )
-    return scores.transpose(1, 2).unflatten(2, (grid_height, grid_width))

@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from .configuration_depict import DepictConfig
-from .decoders import DECODERS, MaskTransformerDecoder, SubspaceAttention
+from .decoders import DECODERS, ContractBroadcastAttention, MaskTransformerDecoder, SubspaceAttention
 from .vit import LayerRecord, ViTEmbeddings, ViTEncoder
 from .windows import (
     cut_windows,
@@ -44,7 +44,8 @@ class DepictSemanticSegmenterOutput(SemanticSegmenterOutput):
         attentions: Encoder attention weights, `(batch, heads, tokens, tokens)` each.
         decoder_hidden_states: Tokens that enter the decoder and leave each of its layers: patch tokens, in "sa" and
             "mask_transformer" followed by the class tokens.
-        decoder_attentions: Weights of those layers, `(batch, heads, tokens, tokens)` each.
+        decoder_attentions: Weights of those layers, `(batch, heads, tokens, tokens)` each; in "cbsa" of the
+            representatives, `(batch, heads, 100, tokens)`.
         cross_hidden_states: In "ca" the class queries before and after every layer, `(batch, num_labels, hidden)`.
         cross_attentions: In "ca" the weights of those layers, `(batch, heads, num_labels, patches)` each.
     """
@@ -108,7 +109,7 @@ class DepictPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ViTEmbeddings", "ViTLayer", "SubspaceAttention"]
+    _no_split_modules = ["ViTEmbeddings", "ViTLayer", "SubspaceAttention", "ContractBroadcastAttention"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -132,6 +133,9 @@ class DepictPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SubspaceAttention):
             init.normal_(module.projection, std=module.projection.shape[1] ** -0.5)
             init.normal_(module.step_size)
+        elif isinstance(module, ContractBroadcastAttention):
+            init.normal_(module.step_size)
+            init.normal_(module.representative_step_size)
         elif isinstance(module, MaskTransformerDecoder):
             for projection in (module.patch_projection, module.class_projection):
                 init.normal_(projection, std=projection.shape[0] ** -0.5)

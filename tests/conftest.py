@@ -5,7 +5,7 @@ import torch
 
 from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImageProcessor
 
-DECODER_TYPES = ("sa", "ca", "mask_transformer", "linear")
+DECODER_TYPES = ("sa", "ca", "cbsa", "mask_transformer", "linear")
 
 
 def tiny_config(decoder_type: str = "sa", **overrides) -> DepictConfig:

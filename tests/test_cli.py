@@ -1,5 +1,7 @@
 """The command line, run as a user does, on tiny models."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor, cli
 from depict_hf.cli import main
 from depict_hf.inference import segment
 
@@ -35,14 +37,16 @@ def test_pictures_and_table(model_folder, tmp_path, capsys):
     photo = save_photo(tmp_path / "photo.png")
     output = tmp_path / "out"
     arguments = ["--model", str(model_folder), "--output", str(output), "--scales", "1", "1.5", "--flip"]
-    assert main(["segment", str(photo), *arguments]) == 0
+    assert main(["segment", str(photo), *arguments, "--alpha", "1"]) == 0
 
     model = DepictForSemanticSegmentation.from_pretrained(model_folder)
     processor = DepictImageProcessor.from_pretrained(model_folder)
     [expected] = segment(model, processor, [photo], scales=(1.0, 1.5), flip=True)
-    assert np.array_equal(np.array(PIL.Image.open(output / "photo_labels.png")), expected.numpy())
-    picture = PIL.Image.open(output / "photo_overlay.png")
-    assert picture.width >= 60 and picture.height > 40
+    labels = PIL.Image.open(output / "photo_labels.png")
+    assert np.array_equal(np.array(labels), expected.numpy())
+    picture = np.array(PIL.Image.open(output / "photo_overlay.png"))
+    assert np.array_equal(picture[:40, :60], np.array(labels.convert("RGB")))
+    assert picture.shape[0] > 40
 
     printed = capsys.readouterr().out
     largest = int(torch.bincount(expected.flatten()).argmax())
@@ -50,42 +54,72 @@ def test_pictures_and_table(model_folder, tmp_path, capsys):
     assert printed.splitlines()[1].split() == [f"{100 * share:.2f}", "%", model.config.id2label[largest]]
 
 
-def test_one_unreadable_photo_does_not_lose_the_others(model_folder, tmp_path, capsys):
+def test_one_unreadable_photo_does_not_lose_the_others(model_folder, tmp_path, capsys, monkeypatch):
     first, last = save_photo(tmp_path / "a.png"), save_photo(tmp_path / "c.png")
     (tmp_path / "b.jpg").write_bytes(b"not a photograph")
     cut = save_photo(tmp_path / "cut.png")
     cut.write_bytes(cut.read_bytes()[:200])
-    photos = [str(path) for path in (first, tmp_path / "b.jpg", cut, tmp_path / "missing.png", last)]
-    assert main(["segment", *photos, "--model", str(model_folder), "--output", str(tmp_path / "out")]) == 1
+    damaged_exif = tmp_path / "exif.webp"
+    PIL.Image.new("RGB", (60, 40)).save(damaged_exif, exif=b"Exif\x00\x00MX\x00*\x00\x00\x00\x08\x00\x00")
+    huge = tmp_path / "huge.png"
+    PIL.Image.new("L", (200, 200)).save(huge)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 10_000)
+    photos = [first, tmp_path / "b.jpg", cut, damaged_exif, huge, tmp_path / "missing.png", last]
+    arguments = ["--model", str(model_folder), "--output", str(tmp_path / "out")]
+    assert main(["segment", *map(str, photos), *arguments]) == 1
     assert sorted(path.name for path in (tmp_path / "out").glob("*_labels.png")) == ["a_labels.png", "c_labels.png"]
     errors = capsys.readouterr().err
-    for name in ("b.jpg", "cut.png", "missing.png"):
-        assert f"{tmp_path / name}: " in errors
+    for path in photos[1:-1]:
+        assert f"depict: {path}: " in errors
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--scales=0", "Got scales=(0.0,), needed one or more positive"), ("--alpha=2", "Got alpha=2.0, needed 0")],
+)
+def test_wrong_options_are_not_blamed_on_photos(option, message, model_folder, tmp_path, capsys):
+    """Fails if every ValueError counts as an unreadable photograph: the second would be tried, with status 1."""
+    photos = [str(save_photo(tmp_path / name)) for name in ("a.png", "b.png")]
+    assert main(["segment", *photos, "--model", str(model_folder), "--output", str(tmp_path / "out"), option]) == 2
+    errors = capsys.readouterr().err
+    assert f"depict: {message}" in errors and errors.count(message) == 1
 
 
 def test_folders_and_equal_names(model_folder, tmp_path):
+    """Names that differ only in case count as equal, since some file systems take them so."""
     save_photo(tmp_path / "day" / "street.jpg", seed=1)
-    save_photo(tmp_path / "night" / "street.PNG", seed=2)
+    save_photo(tmp_path / "night" / "Street.PNG", seed=2)
     (tmp_path / "night" / "notes.txt").write_text("no photograph")
     output = tmp_path / "out"
     folders = [str(tmp_path / "day"), str(tmp_path / "night")]
     assert main(["segment", *folders, "--model", str(model_folder), "--output", str(output)]) == 0
     names = {path.name for path in output.glob("*_labels.png")}
-    assert names == {"street_labels.png", "street_2_labels.png"}
+    assert names == {"street_labels.png", "Street_2_labels.png"}
     maps = [np.array(PIL.Image.open(output / name)) for name in sorted(names)]
     assert not np.array_equal(*maps)
+
+
+def test_photos_are_not_overwritten(model_folder, tmp_path, capsys):
+    photo, mask = save_photo(tmp_path / "a.png"), save_photo(tmp_path / "a_labels.png")
+    before = mask.read_bytes()
+    assert main(["segment", str(photo), str(mask), "--model", str(model_folder), "--output", str(tmp_path)]) == 2
+    assert "a_labels.png is one of the photographs" in capsys.readouterr().err
+    assert mask.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["segment", "EMPTY"], "holds no image files"),
-        (["segment", "PHOTO", "--model", "EMPTY"], "EMPTY"),
+        (["segment", "PHOTO", "--model", "EMPTY"], "cannot load the model"),
+        (["segment", "PHOTO"], "carries no model; name one with --model"),
         (["convert", "EMPTY", "OUT"], "checkpoint.pth does not exist"),
-        (["convert", "EMPTY", "EMPTY/.."], "is not empty"),
+        (["convert", "EMPTY", "EMPTY/.."], "is not an empty folder"),
+        (["convert", "EMPTY", "PHOTO"], "is not an empty folder"),
     ],
 )
-def test_commands_that_cannot_start(arguments, message, tmp_path, capsys):
+def test_commands_that_cannot_start(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "DEFAULT_MODEL", tmp_path / "default_model")
     (tmp_path / "EMPTY").mkdir()
     save_photo(tmp_path / "PHOTO.png")
     paths = {"PHOTO": str(tmp_path / "PHOTO.png")}
@@ -93,6 +127,38 @@ def test_commands_that_cannot_start(arguments, message, tmp_path, capsys):
     assert main([paths.get(argument, argument) for argument in arguments]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("depict: ") and message in errors
+
+
+def change_config(folder: Path, **fields) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        # transformers fills these with random numbers, and drops those, with no more than a log entry.
+        (lambda folder: change_config(folder, num_hidden_layers=3), "missing_keys: encoder.layers.2"),
+        (lambda folder: change_config(folder, num_hidden_layers=1), "unexpected_keys: encoder.layers.1"),
+        (lambda folder: change_config(folder, intermediate_size=96), "cannot load the model"),
+        (lambda folder: change_config(folder, patch_size="small"), "'patch_size' expected int"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"not weights"), "cannot load the model"),
+    ],
+)
+def test_damaged_models_are_refused(damage, message, model_folder, tmp_path, capsys):
+    damage(model_folder)
+    output = tmp_path / "out"
+    photo = save_photo(tmp_path / "photo.png")
+    assert main(["segment", str(photo), "--model", str(model_folder), "--output", str(output)]) == 2
+    errors = capsys.readouterr().err
+    assert f"{model_folder}" in errors and message in errors
+    assert not output.exists()
+
+
+def test_unknown_devices_are_refused(model_folder, tmp_path, capsys):
+    photo = save_photo(tmp_path / "photo.png")
+    assert main(["segment", str(photo), "--model", str(model_folder), "--device", "abacus"]) == 2
+    assert "depict: cannot load the model" in capsys.readouterr().err
 
 
 def test_convert_writes_a_model_that_segments(tmp_path, capsys, monkeypatch):
@@ -107,3 +173,14 @@ def test_convert_writes_a_model_that_segments(tmp_path, capsys, monkeypatch):
     photo = save_photo(tmp_path / "photo.png")
     assert main(["segment", str(photo), "--model", str(out), "--output", str(tmp_path / "maps")]) == 0
     assert PIL.Image.open(tmp_path / "maps" / "photo_labels.png").size == (60, 40)
+
+
+def test_convert_reads_a_variant_from_elsewhere(tmp_path):
+    """Nothing is uploaded unless asked for, and the file named is the one that is read."""
+    shutil.copy(PUBLISHED / "ca_vit" / "checkpoint.pth", tmp_path / "weights.pth")
+    text = (PUBLISHED / "ca_vit" / "variant.yml").read_text()
+    assert "window_stride: " in text
+    (tmp_path / "other.yml").write_text(text.replace("window_stride: ", "window_stride: 1 # "))
+    arguments = [str(tmp_path / "weights.pth"), str(tmp_path / "out"), "--variant", str(tmp_path / "other.yml")]
+    assert main(["convert", *arguments]) == 0
+    assert DepictForSemanticSegmentation.from_pretrained(tmp_path / "out").config.window_stride == 1

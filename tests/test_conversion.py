@@ -1,7 +1,9 @@
 """Published checkpoints: tests/data/published holds small random models made with the published code.
 
-DEPICT at QishuaiWen/DEPICT@6c66e2b, Segmenter at rstrudel/segmenter@20d1bfa, float32 on a CPU. The ImageNet classifier
-rows are cut to two; gradients are every n-th value. Tolerances leave room for another order of float32 sums.
+DEPICT at QishuaiWen/DEPICT@6c66e2b, Segmenter at rstrudel/segmenter@20d1bfa, CBSA at QishuaiWen/CBSA@042c7f9, float32 on a
+CPU. The ImageNet classifier rows are cut to two; gradients are every n-th value, logits of "cbsa" every tenth class.
+Tolerances leave room for another order of float32 sums. In "cbsa", whose 150 random classes are nearly alike, LayerNorm
+over the classes magnifies it: in float64 the same weights differ from these float32 references by 2e-4.
 """
 
 import io
@@ -28,7 +30,7 @@ from depict_hf.vit import LayerRecord
 from depict_hf.windows import resize_bilinear
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
-CASES = ("sa_deit_distilled", "ca_vit", "segmenter_linear")
+CASES = ("sa_deit_distilled", "ca_vit", "cbsa", "segmenter_linear")
 
 
 @pytest.fixture(params=CASES)
@@ -43,7 +45,9 @@ def test_logits(published):
     model.config.window_size = None
     pixel_values = expected["forward.pixel_values"]
     logits = resize_bilinear(model(pixel_values).logits, pixel_values.shape[-2:])
-    torch.testing.assert_close(logits, expected["forward.logits"], atol=1e-4, rtol=0)
+    stride = model.config.num_labels // expected["forward.logits"].shape[1]
+    tolerance = 3e-4 if folder.name == "cbsa" else 1e-4
+    torch.testing.assert_close(logits[:, ::stride], expected["forward.logits"], atol=tolerance, rtol=0)
 
 
 def test_loss_and_gradients(published):
@@ -69,6 +73,8 @@ def test_loss_and_gradients(published):
 def test_protocol(published, protocol, scales, flip, agreement):
     """These random models decide many pixels by a hair, where one grey level of rounding moves a label."""
     folder, expected = published
+    if protocol == "multi" and folder.name == "cbsa":
+        scales = (0.5, 1.0, 1.5)  # the scales that this reference was made with
     model, image_processor = convert_checkpoint(folder)
     [segmentation] = segment(model, image_processor, [expected["protocol.image"].numpy()], scales, flip)
     assert (segmentation == expected[f"protocol.{protocol}.segmentation"]).float().mean().item() >= agreement
@@ -115,12 +121,6 @@ class TestBadFiles:
             (lambda c: c["model"].update({"encoder.norm.bias": torch.zeros(3)}), r"encoder.norm.bias is \(3,\)"),
             (lambda c: c["model"].pop("encoder.patch_embed.proj.weight"), "lacks 'encoder.patch_embed.proj.weight'"),
             (lambda c: c.pop("model"), 'needed a dict with the parameters under "model"'),
-            (
-                lambda c: c["model"].update(
-                    {"decoder.net.layers.0.fn.to_out.weight": c["model"].pop("decoder.head.weight")}
-                ),
-                "contract-and-broadcast",
-            ),
         ],
     )
     def test_parameters_that_do_not_fit_are_refused(self, tmp_path, change, message):

@@ -61,6 +61,31 @@ def test_cross_attention_decoder(patches):
         torch.testing.assert_close(scores(x, queries, decoder.mask_norm), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_contract_and_broadcast_decoder(patches):
+    """The grid is smaller than the 10 x 10 representatives, each then the mean of the patches that it overlaps."""
+    decoder = tiny_model("cbsa").decoder
+    logits = decoder(patches, GRID)
+    for image, expected in zip(patches, logits, strict=True):
+        x = torch.cat([image, decoder.class_tokens[0]])
+        for layer in decoder.layers:
+            w = layer_norm(x, layer.norm) @ layer.projection.weight.T
+            grid = w[:24].view(*GRID, -1)
+            cells = [
+                grid[i * 4 // 10 : -(-(i + 1) * 4 // 10), j * 6 // 10 : -(-(j + 1) * 6 // 10)].mean(dim=(0, 1))
+                for i in range(10)
+                for j in range(10)
+            ]
+            updates = []
+            for head, (tokens, r) in enumerate(zip(w.chunk(2, -1), torch.stack(cells).chunk(2, -1), strict=True)):
+                contraction = torch.softmax(r @ tokens.T / 16**0.5, dim=-1)
+                r = r + layer.representative_step_size[head] * (contraction @ tokens)
+                update = contraction.T @ torch.softmax(r @ r.T / 16**0.5, dim=-1) @ r
+                updates.append(layer.step_size[head] * update)
+            x = x + layer.output(torch.cat(updates, dim=-1))
+        x = layer_norm(x, decoder.norm)
+        torch.testing.assert_close(scores(x[:24], x[24:], decoder.mask_norm), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_mask_transformer_decoder(patches):
     decoder = tiny_model("mask_transformer", decoder_hidden_size=12, decoder_intermediate_size=20).decoder
     logits = decoder(patches, GRID)

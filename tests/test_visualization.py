@@ -41,12 +41,19 @@ def test_a_legend_covers_nothing_and_lists_the_largest_class_first(size):
 
 
 def test_many_classes_fit_into_the_legend():
-    """All 100 swatches are on the canvas, also where the photograph is narrower than one entry."""
+    """All 100 swatches are on the canvas, in columns, also where the photograph is narrower than one entry."""
     colors = [(index, 255 - index, 7) for index in range(100)]
     ids = np.arange(100).repeat(20).reshape(20, 100)
     picture = np.array(overlay(PIL.Image.new("RGB", (100, 20)), ids, colors, [f"class {i}" for i in range(100)]))
     seen = {tuple(color) for color in picture[20:].reshape(-1, 3).tolist()}
     assert set(colors) <= seen
+    assert 0.4 < picture.shape[1] / (picture.shape[0] - 20) < 2.5
+
+
+def test_a_long_name_leaves_room_for_columns():
+    photo, ids = PIL.Image.new("RGB", (640, 90)), np.arange(3).repeat(640 * 30).reshape(90, 640)
+    short, long = (overlay(photo, ids, COLORS, [name, *NAMES[1:]]) for name in ("wall" * 6, "wall" * 60))
+    assert abs(long.width - short.width) < 20 and abs(long.height - short.height) < 20
 
 
 def test_shares_are_sorted_fractions_of_the_image():
@@ -61,7 +68,8 @@ def test_shares_are_sorted_fractions_of_the_image():
         (lambda: class_shares(IDS / 2, NAMES), "float64, needed integers"),
         (lambda: overlay(PIL.Image.new("RGB", (2, 3)), IDS, COLORS), r"\(2, 3\) for a photograph of \(3, 2\)"),
         (lambda: overlay(PIL.Image.new("RGB", (3, 2)), IDS, COLORS, alpha=2), "Got alpha=2, needed 0"),
-        (lambda: label_image(IDS, COLORS * 90), r"needed ids from 0 to 254"),
+        (lambda: overlay(PIL.Image.new("RGB", (3, 2)), IDS, COLORS, NAMES[:2]), "Got 2 names and 3 colours"),
+        (lambda: label_image(IDS, COLORS * 90), "Got 270 classes, needed at most 255"),
     ],
 )
 def test_wrong_input_is_refused(call, message):
