@@ -1,9 +1,10 @@
 """Published checkpoints: tests/data/published holds small random models made with the published code.
 
-DEPICT at QishuaiWen/DEPICT@6c66e2b, Segmenter at rstrudel/segmenter@20d1bfa, CBSA at QishuaiWen/CBSA@042c7f9, in float32
-on a CPU. The ImageNet classifier rows are cut to two; gradients are every n-th value, logits of "cbsa" every tenth class.
-Tolerances leave room for another order of float32 sums. In "cbsa", whose 150 random classes are nearly alike, LayerNorm
-over the classes magnifies it: in float64 the same weights differ from these float32 references by 2e-4.
+Made with DEPICT at QishuaiWen/DEPICT@6c66e2b, Segmenter at rstrudel/segmenter@20d1bfa and CBSA at
+QishuaiWen/CBSA@042c7f9, float32 on a CPU. The ImageNet classifier rows are cut to two; gradients are every n-th value,
+logits of "cbsa" every tenth class. Tolerances leave room for another order of float32 sums. In "cbsa", whose 150 random
+classes are nearly alike, LayerNorm over the classes magnifies it: in float64 the same weights differ from these float32
+references by 2e-4.
 """
 
 import io
