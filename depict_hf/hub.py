@@ -35,4 +35,6 @@ def save_half_precision(source: str | Path, folder: str | Path) -> None:
     for path in folder.glob("*.json"):
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings.pop("auto_map", None)
+        # Where the backbone's weights once lay is of no use elsewhere.
+        (settings.get("backbone_config") or {}).pop("_name_or_path", None)
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
