@@ -83,13 +83,7 @@ class SelfAttentionDecoder(nn.Module):
         self.norm = nn.LayerNorm(hidden_size)
         self.mask_norm = nn.LayerNorm(config.num_labels)
 
-    def forward(
-        self,
-        patches: Tensor,
-        grid_size: tuple[int, int],
-        record: LayerRecord | None = None,
-        cross_record: LayerRecord | None = None,
-    ) -> Tensor:
+    def forward(self, patches: Tensor, grid_size: tuple[int, int], record: LayerRecord | None = None) -> Tensor:
         record = record or LayerRecord()
         hidden_states = torch.cat([patches, self.class_tokens.expand(patches.shape[0], -1, -1)], dim=1)
         record.add(hidden_states)
@@ -123,14 +117,9 @@ class CrossAttentionDecoder(nn.Module):
         self.class_norm = nn.LayerNorm(hidden_size)
         self.mask_norm = nn.LayerNorm(config.num_labels)
 
-    def forward(
-        self,
-        patches: Tensor,
-        grid_size: tuple[int, int],
-        record: LayerRecord | None = None,
-        cross_record: LayerRecord | None = None,
-    ) -> Tensor:
-        record, cross_record = record or LayerRecord(), cross_record or LayerRecord()
+    def forward(self, patches: Tensor, grid_size: tuple[int, int], record: LayerRecord | None = None) -> Tensor:
+        record = record or LayerRecord()
+        cross_record = record.cross or LayerRecord()
         record.add(patches)
         for layer in self.layers:
             patches, weights = layer(patches, None, record.keep_attentions)
@@ -223,13 +212,7 @@ class ContractBroadcastDecoder(nn.Module):
         self.norm = nn.LayerNorm(hidden_size)
         self.mask_norm = nn.LayerNorm(config.num_labels)
 
-    def forward(
-        self,
-        patches: Tensor,
-        grid_size: tuple[int, int],
-        record: LayerRecord | None = None,
-        cross_record: LayerRecord | None = None,
-    ) -> Tensor:
+    def forward(self, patches: Tensor, grid_size: tuple[int, int], record: LayerRecord | None = None) -> Tensor:
         record = record or LayerRecord()
         check_grid(patches, grid_size)
         hidden_states = torch.cat([patches, self.class_tokens.expand(patches.shape[0], -1, -1)], dim=1)
@@ -276,13 +259,7 @@ class MaskTransformerDecoder(nn.Module):
         self.class_projection = nn.Parameter(torch.zeros(width, width))
         self.mask_norm = nn.LayerNorm(config.num_labels)
 
-    def forward(
-        self,
-        patches: Tensor,
-        grid_size: tuple[int, int],
-        record: LayerRecord | None = None,
-        cross_record: LayerRecord | None = None,
-    ) -> Tensor:
+    def forward(self, patches: Tensor, grid_size: tuple[int, int], record: LayerRecord | None = None) -> Tensor:
         record = record or LayerRecord()
         tokens = self.class_tokens.expand(patches.shape[0], -1, -1)
         hidden_states = torch.cat([self.input_projection(patches), tokens], dim=1)
@@ -308,13 +285,7 @@ class LinearDecoder(nn.Module):
         super().__init__()
         self.classifier = nn.Linear(hidden_size, config.num_labels)
 
-    def forward(
-        self,
-        patches: Tensor,
-        grid_size: tuple[int, int],
-        record: LayerRecord | None = None,
-        cross_record: LayerRecord | None = None,
-    ) -> Tensor:
+    def forward(self, patches: Tensor, grid_size: tuple[int, int], record: LayerRecord | None = None) -> Tensor:
         return to_grid(self.classifier(patches), grid_size)
 
 

@@ -202,7 +202,10 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
             self._check_labels(labels, pixel_values)
         pixel_values = pixel_values.to(self.dtype)
 
-        records = [LayerRecord(bool(output_hidden_states), bool(output_attentions)) for _ in range(3)]
+        encoder_record, decoder_record, cross_record = (
+            LayerRecord(bool(output_hidden_states), bool(output_attentions)) for _ in range(3)
+        )
+        decoder_record.cross = cross_record
         if self._needs_windows(pixel_values):
             if output_hidden_states or output_attentions:
                 raise ValueError(
@@ -212,12 +215,11 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
                 )
             logits = self._windowed_logits(pixel_values)
         else:
-            logits = self._whole_logits(pixel_values, *records)
+            logits = self._whole_logits(pixel_values, encoder_record, decoder_record)
         loss = None
         if labels is not None:
             loss = segmentation_loss(logits, labels, self.config.semantic_loss_ignore_index)
 
-        encoder_record, decoder_record, cross_record = records
         output = DepictSemanticSegmenterOutput(
             loss=loss,
             logits=logits,
@@ -230,14 +232,12 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
-    def _whole_logits(
-        self, pixel_values: Tensor, record: LayerRecord, decoder_record: LayerRecord, cross_record: LayerRecord
-    ) -> Tensor:
+    def _whole_logits(self, pixel_values: Tensor, encoder_record: LayerRecord, decoder_record: LayerRecord) -> Tensor:
         """Logits of whole images, on the patch grid or, where that would cover padding, at the input's size."""
         height, width = pixel_values.shape[-2:]
         padded = pad_to_multiple(pixel_values, self.config.encoder_patch_size)
-        patches, grid_size = self.encoder(padded, record)
-        logits = self.decoder(patches, grid_size, decoder_record, cross_record)
+        patches, grid_size = self.encoder(padded, encoder_record)
+        logits = self.decoder(patches, grid_size, decoder_record)
         if padded.shape != pixel_values.shape:
             logits = resize_bilinear(logits, padded.shape[-2:])[..., :height, :width]
         return logits
@@ -256,7 +256,7 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
         corners = window_corners(enlarged_size, window_size, window_stride)
         windows = cut_windows(enlarged, corners, window_size)
         logits = torch.cat(
-            [self._whole_logits(part, *(LayerRecord() for _ in range(3))) for part in windows.split(WINDOWS_PER_PASS)]
+            [self._whole_logits(part, LayerRecord(), LayerRecord()) for part in windows.split(WINDOWS_PER_PASS)]
         )
         merged = merge_windows(list(logits.split(batch_size)), corners, enlarged_size, window_size)
         return resize_bilinear(merged, size)

@@ -24,12 +24,14 @@ class LayerRecord:
             not compute them.
         hidden_states: `(batch, tokens, hidden)` each.
         attentions: `(batch, heads, queries, keys)` each.
+        cross: A record of its own for a decoder's cross-attention layers, if the caller wants one.
     """
 
     keep_hidden_states: bool = False
     keep_attentions: bool = False
     hidden_states: list[Tensor] = field(default_factory=list)
     attentions: list[Tensor] = field(default_factory=list)
+    cross: "LayerRecord | None" = None
 
     def add(self, hidden_states: Tensor, attentions: Tensor | None = None) -> None:
         if self.keep_hidden_states:
