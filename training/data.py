@@ -135,6 +135,15 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return {"image": image, "labels": labels}
 
 
+def count_pixels(samples: SegmentationDataset) -> Tensor:
+    """Labelled pixels of each class over all label maps, `(num_labels,)` int64."""
+    counts = torch.zeros(samples.num_labels, dtype=torch.long)
+    for index in range(len(samples)):
+        labels = samples[index]["labels"]
+        counts += torch.bincount(labels[labels != IGNORE_INDEX], minlength=samples.num_labels)
+    return counts
+
+
 def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
     """Randomness of one sample in one epoch, the same in whichever process and order samples are read."""
     state = np.random.SeedSequence([seed, epoch, index]).generate_state(1)

@@ -27,7 +27,10 @@ class Recipe:
             `depict_hf.conversion.read_weights` reads.
         encoder: Preset of `DepictConfig` for the native encoder; None for a backbone of transformers.
         drop_path_rate: Stochastic depth of the native encoder's last block.
+        start_from: Hub name or folder of a trained model of the same architecture, whose weights, decoder included,
+            training starts from; the backbone's and a new decoder if None.
         freeze_encoder: Whether the encoder stays as it is, in evaluation mode.
+        frozen_encoder_blocks: Embeddings and this many first blocks of the encoder stay as they are.
         cache_features: Whether a frozen encoder computes its outputs once, on whole images of `size` and on their
             mirror images; training squares are then cut from those outputs, without random scale and colours.
         decoder_type: One of `DepictConfig`'s.
@@ -50,8 +53,14 @@ class Recipe:
         optimizer: "adamw" or "sgd" (momentum 0.9, Nesterov).
         learning_rate: Of the decoder's matrices.
         encoder_rate_factor: The encoder's rate is this times `learning_rate`.
+        encoder_layer_decay: The rate of each encoder block is this times that of the next one.
         scale_rate_factor: The same for class tokens, step sizes and the LayerNorm over classes, which together set
             the scale of the logits.
+        class_weights: One for each class, by which its pixels count in the loss.
+        class_balance: Instead of `class_weights`: pixels count by the frequency of their class in the training split
+            to the power of minus this; 0 for alike.
+        focal_gamma: Exponent of the focal loss; 0 for cross-entropy.
+        dice_weight: Of a dice loss beside the cross-entropy; 0 for none.
         weight_decay: Of matrices; norms, biases, tokens and step sizes have none.
         schedule: "polynomial" (power 0.9) or "cosine", from the learning rate down to `final_learning_rate`.
         final_learning_rate: At the last step.
@@ -77,7 +86,9 @@ class Recipe:
     encoder: str | None = None
     drop_path_rate: float = 0.0
     decoder_type: str = "sa"
+    start_from: str | None = None
     freeze_encoder: bool = True
+    frozen_encoder_blocks: int = 0
     cache_features: bool = False
     image_column: str | None = None
     label_column: str | None = None
@@ -96,7 +107,12 @@ class Recipe:
     accumulation_steps: int = 1
     optimizer: str = "adamw"
     encoder_rate_factor: float = 1.0
+    encoder_layer_decay: float = 1.0
     scale_rate_factor: float = 1.0
+    class_weights: tuple[float, ...] | None = None
+    class_balance: float = 0.0
+    focal_gamma: float = 0.0
+    dice_weight: float = 0.0
     weight_decay: float = 0.0
     schedule: str = "polynomial"
     final_learning_rate: float = 1e-5
@@ -118,6 +134,15 @@ class Recipe:
             raise ValueError("Got cache_features=True with freeze_encoder=False; freeze the encoder or do not cache.")
         if self.encoder not in (None, *ENCODER_PRESETS):
             raise ValueError(f"Got encoder={self.encoder!r}, needed none or one of {', '.join(ENCODER_PRESETS)}.")
+        for name in ("frozen_encoder_blocks", "class_balance", "focal_gamma", "dice_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Got {name}={getattr(self, name)}, needed at least 0.")
+        if self.class_weights is not None and self.class_balance:
+            raise ValueError("Got class_weights and class_balance; give one of them.")
+        if self.class_weights is not None and len(self.class_weights) != len(self.class_names):
+            raise ValueError(
+                f"Got {len(self.class_weights)} class_weights for {len(self.class_names)} classes; give one for each."
+            )
         if not self.class_names:
             raise ValueError("Got no class_names; give one for each class, in the order of the ids.")
         if not 0 < self.scale_range[0] <= self.scale_range[1]:

@@ -15,9 +15,18 @@ from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImagePr
 from depict_hf.conversion import load_encoder, read_weights
 
 from .augmentation import TrainingAugmentation
-from .data import EvaluationDataset, SegmentationDataset, TrainingDataset, get_split, load_dataset_splits
+from .data import (
+    EvaluationDataset,
+    SegmentationDataset,
+    TrainingDataset,
+    count_pixels,
+    get_split,
+    load_dataset_splits,
+)
 from .evaluate import environment, evaluate, render_table, write_json
 from .features import DecoderOnFeatures, FeatureDataset
+from .losses import RecipeLoss, balanced_weights
+from .optimization import freeze_encoder_blocks
 from .recipe import Recipe
 from .recipes import get_recipe
 from .trainer import SegmentationTrainer
@@ -37,7 +46,9 @@ def build_model(recipe: Recipe) -> DepictForSemanticSegmentation:
         "window_size": recipe.window_size,
         "window_stride": recipe.window_stride,
     }
-    if recipe.encoder is None:
+    if recipe.start_from is not None:
+        model = DepictForSemanticSegmentation.from_pretrained(recipe.start_from, dtype=torch.float32, **fields)
+    elif recipe.encoder is None:
         model = DepictForSemanticSegmentation(
             DepictConfig(backbone_config=AutoConfig.from_pretrained(recipe.backbone), **fields)
         )
@@ -47,6 +58,7 @@ def build_model(recipe: Recipe) -> DepictForSemanticSegmentation:
         model = DepictForSemanticSegmentation(DepictConfig.from_preset(recipe.encoder, **fields))
         load_encoder(model, read_weights(recipe.backbone))
     model.encoder.requires_grad_(not recipe.freeze_encoder)
+    freeze_encoder_blocks(model, recipe.frozen_encoder_blocks)
     return model
 
 
@@ -116,6 +128,7 @@ def build_trainer(recipe: Recipe, splits, output: Path) -> tuple[SegmentationTra
         validation = EvaluationDataset(validation_samples, image_processor)
     trainer = SegmentationTrainer(
         recipe,
+        build_loss(recipe, training_samples),
         model=DecoderOnFeatures(model) if recipe.cache_features else model,
         args=arguments,
         train_dataset=training,
@@ -136,6 +149,18 @@ def build_augmentation(recipe: Recipe) -> TrainingAugmentation:
         scale_range=recipe.scale_range,
         photometric=recipe.photometric,
     )
+
+
+def build_loss(recipe: Recipe, samples: SegmentationDataset) -> RecipeLoss | None:
+    """The recipe's loss where it is not the model's own; label maps are counted where classes are to be balanced."""
+    weights = None
+    if recipe.class_weights is not None:
+        weights = torch.tensor(recipe.class_weights)
+    elif recipe.class_balance:
+        weights = balanced_weights(count_pixels(samples), recipe.class_balance)
+    if weights is None and not recipe.focal_gamma and not recipe.dice_weight:
+        return None
+    return RecipeLoss(weights, recipe.focal_gamma, recipe.dice_weight)
 
 
 def training_arguments(recipe: Recipe, output: Path, num_images: int) -> TrainingArguments:

@@ -1,4 +1,4 @@
-"""A thin `Trainer` for recipes: optimiser groups, schedule, frozen encoder, mIoU on full-resolution label maps."""
+"""A thin `Trainer` for recipes: their optimiser and loss, frozen layers, mIoU on full-resolution label maps."""
 
 import math
 
@@ -12,11 +12,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from depict_hf.windows import resize_bilinear
 
 from .augmentation import IGNORE_INDEX
+from .losses import RecipeLoss
 from .metrics import MeanIoU
+from .optimization import create_optimizer, create_scheduler, parameter_groups
 from .recipe import Recipe
-
-SCALE_PARAMETERS = ("mask_norm.", "step_size", "class_tokens")
-TOKENS = ("token", "position_embeddings", "lambda")
 
 
 class SegmentationTrainer(transformers.Trainer):
@@ -24,14 +23,16 @@ class SegmentationTrainer(transformers.Trainer):
 
     Args:
         recipe: Decides optimiser, rates and schedule; the arguments of `Trainer` for those are not used.
+        loss: Of logits and labels, in training; the model's own cross-entropy if None.
         kwargs: As for `Trainer`. Training items have `pixel_values` and `labels` of one size; evaluation items may
             differ in size, and have labels of any resolution. Instead of `pixel_values` there may be `features` for a
             `training.features.DecoderOnFeatures`.
     """
 
-    def __init__(self, recipe: Recipe, **kwargs):
+    def __init__(self, recipe: Recipe, loss: RecipeLoss | None = None, **kwargs):
         super().__init__(**kwargs)
         self.recipe = recipe
+        self.loss = loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -50,7 +51,11 @@ class SegmentationTrainer(transformers.Trainer):
         for module in self.accelerator.unwrap_model(model).children():
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 module.eval()
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.loss is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        return self.loss(model(**inputs).logits, labels)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """One image at a time; every process reads its own share, none twice."""
@@ -97,50 +102,3 @@ class SegmentationTrainer(transformers.Trainer):
             if not math.isnan(iou):
                 metrics[f"{metric_key_prefix}_iou_{model.config.id2label[index]}"] = iou
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_images)
-
-
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """Groups for the optimiser: every parameter that requires a gradient exactly once, by rate and weight decay.
-
-    Norms, biases, tokens and step sizes have no weight decay. See `Recipe` for the rates.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        factor = 1.0
-        if name.startswith("encoder."):
-            factor = recipe.encoder_rate_factor
-        elif any(part in name for part in SCALE_PARAMETERS):
-            factor = recipe.scale_rate_factor
-        decays = parameter.ndim > 1 and not any(part in name for part in TOKENS)
-        key = (recipe.learning_rate * factor, recipe.weight_decay if decays else 0.0)
-        groups.setdefault(key, []).append(parameter)
-    return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
-
-
-def create_optimizer(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser over the groups of `parameter_groups`."""
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
-
-
-def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, num_training_steps: int) -> LambdaLR:
-    """Schedule stepped after every optimiser step; each group keeps its share of the rate throughout."""
-    return LambdaLR(optimizer, lambda step: rate_factor(recipe, step, num_training_steps))
-
-
-def rate_factor(recipe: Recipe, step: int, num_training_steps: int) -> float:
-    """Share of the learning rate at an optimiser step, counted from 0.
-
-    Source:
-        `PolynomialLR`, segm/optim/scheduler.py in rstrudel/segmenter@20d1bfa, for "polynomial".
-    """
-    if step < recipe.warmup_steps:
-        return (step + 1) / (recipe.warmup_steps + 1)
-    progress = (step - recipe.warmup_steps) / max(1, num_training_steps - recipe.warmup_steps)
-    progress = min(progress, 1.0)
-    decay = (1 - progress) ** 0.9 if recipe.schedule == "polynomial" else 0.5 * (1 + math.cos(math.pi * progress))
-    final = recipe.final_learning_rate / recipe.learning_rate
-    return final + (1 - final) * decay

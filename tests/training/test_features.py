@@ -12,7 +12,7 @@ from depict_hf import DepictImageProcessor
 from depict_hf.vit import LayerRecord
 from training.data import SegmentationDataset
 from training.features import DecoderOnFeatures, FeatureDataset
-from training.recipes import camvid_dinov2_small_sa
+from training.recipes import camvid_dinov2_small
 
 # Photographs of 30 x 44 pixels: 32 x 48 after padding, 4 x 6 patches of 8.
 PROCESSOR = DepictImageProcessor(size={"height": 30, "width": 44})
@@ -120,4 +120,4 @@ def test_other_weights_or_another_size_have_other_features(samples, tmp_path):
 
 def test_caching_needs_a_frozen_encoder():
     with pytest.raises(ValueError, match="freeze the encoder or do not cache"):
-        camvid_dinov2_small_sa().override(["cache_features=true", "freeze_encoder=false"])
+        camvid_dinov2_small("sa").override(["cache_features=true", "freeze_encoder=false"])

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from training.recipe import Recipe
-from training.recipes import RECIPES, camvid_dinov2_small_sa, get_recipe
+from training.recipes import RECIPES, camvid_dinov2_small, get_recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -18,7 +18,7 @@ def test_recipes_bear_their_functions_name_and_cannot_be_changed(name):
 
 def test_camvid_squares_are_whole_patches():
     """DINOv2 ViT-S/14: rows of the cached grid, and squares cut from it, fall on patch borders."""
-    recipe = camvid_dinov2_small_sa()
+    recipe = camvid_dinov2_small("sa")
     assert recipe.class_names[3] == "road" and len(recipe.class_names) == 11
     assert recipe.crop_size % 14 == recipe.size % 14 == 0
 
@@ -52,21 +52,21 @@ def test_rows_of_the_paper(
 
 
 def test_derived_numbers():
-    recipe = dataclasses.replace(camvid_dinov2_small_sa(), batch_size=24, accumulation_steps=2)
+    recipe = dataclasses.replace(camvid_dinov2_small("sa"), batch_size=24, accumulation_steps=2)
     assert recipe.images_per_pass(num_processes=3) == 4
     assert recipe.steps_per_epoch(367) == 15
 
 
 @pytest.mark.parametrize("num_processes", [3, 16])
 def test_uneven_division_is_refused(num_processes):
-    recipe = dataclasses.replace(camvid_dinov2_small_sa(), batch_size=8, accumulation_steps=1)
+    recipe = dataclasses.replace(camvid_dinov2_small("sa"), batch_size=8, accumulation_steps=1)
     with pytest.raises(ValueError, match=rf"batch_size=8 for {num_processes} processes.*multiple of {num_processes}"):
         recipe.images_per_pass(num_processes)
 
 
 def test_fewer_images_than_a_batch_are_refused():
     with pytest.raises(ValueError, match="7 training images, needed at least one batch of 8"):
-        camvid_dinov2_small_sa().steps_per_epoch(7)
+        camvid_dinov2_small("sa").steps_per_epoch(7)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_fewer_images_than_a_batch_are_refused():
     ],
 )
 def test_override_parses_by_the_fields_type(assignment, value):
-    recipe = camvid_dinov2_small_sa()
+    recipe = camvid_dinov2_small("sa")
     name = assignment.partition("=")[0]
     changed = recipe.override([assignment])
     assert getattr(changed, name) == value
@@ -117,7 +117,7 @@ def test_override_parses_by_the_fields_type(assignment, value):
 )
 def test_override_refuses(assignment, message):
     with pytest.raises(ValueError, match=message):
-        camvid_dinov2_small_sa().override([assignment])
+        camvid_dinov2_small("sa").override([assignment])
 
 
 def test_unknown_recipe_is_refused():
@@ -126,6 +126,6 @@ def test_unknown_recipe_is_refused():
 
 
 def test_no_classes_are_refused():
-    recipe = camvid_dinov2_small_sa()
+    recipe = camvid_dinov2_small("sa")
     with pytest.raises(ValueError, match="no class_names"):
         Recipe(**(dataclasses.asdict(recipe) | {"class_names": ()}))

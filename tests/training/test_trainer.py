@@ -20,11 +20,11 @@ from depict_hf.conversion import convert_checkpoint
 from depict_hf.inference import segment
 from training import evaluate, train
 from training.metrics import MeanIoU
-from training.recipes import camvid_dinov2_small_sa, get_recipe
-from training.trainer import create_optimizer, create_scheduler, parameter_groups, rate_factor
+from training.optimization import create_optimizer, create_scheduler, parameter_groups, rate_factor
+from training.recipes import camvid_dinov2_small, get_recipe
 
 RECIPE = dataclasses.replace(
-    camvid_dinov2_small_sa(), learning_rate=0.01, scale_rate_factor=5.0, encoder_rate_factor=0.1, weight_decay=0.3
+    camvid_dinov2_small("sa"), learning_rate=0.01, scale_rate_factor=5.0, encoder_rate_factor=0.1, weight_decay=0.3
 )
 CLASSES = ("sky", "road", "tree", "car", "pole")
 FIELDS = [
@@ -228,7 +228,7 @@ def test_evaluate_command_repeats_the_record(trained, dataset_folder, tmp_path, 
 
 
 def make_trainer(dataset_folder, backbone_folder, tmp_path, *fields):
-    recipe = camvid_dinov2_small_sa().override([*FIELDS, f"backbone={backbone_folder}", *fields])
+    recipe = camvid_dinov2_small("sa").override([*FIELDS, f"backbone={backbone_folder}", *fields])
     return train.build_trainer(recipe, train.load_dataset_splits(dataset_folder), tmp_path)[0]
 
 
