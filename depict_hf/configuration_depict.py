@@ -147,8 +147,7 @@ class DepictConfig(PreTrainedConfig):
             "intermediate_size": 4 * hidden_size,
             "use_distillation_token": distilled,
         }
-        if overrides.get("decoder_type") == "mask_transformer":
-            fields |= {"decoder_num_layers": 2, "decoder_num_heads": hidden_size // 64, "decoder_dropout": 0.1}
+        fields |= published_decoder_fields(overrides.get("decoder_type"), hidden_size)
         return cls(**(fields | overrides))
 
     @property
@@ -254,3 +253,15 @@ class DepictConfig(PreTrainedConfig):
     def _check_probability(self, name: str) -> None:
         if not 0 <= getattr(self, name) < 1:
             raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+
+
+def published_decoder_fields(decoder_type: str | None, hidden_size: int) -> dict[str, int | float]:
+    """Fields of `DepictConfig` in which the published "mask_transformer" differs from the defaults, which are DEPICT's.
+
+    Source:
+        segm/config.yml and segm/model/factory.py in rstrudel/segmenter@20d1bfa: two layers, heads of dimension 64,
+        dropout 0.1.
+    """
+    if decoder_type != "mask_transformer":
+        return {}
+    return {"decoder_num_layers": 2, "decoder_num_heads": max(1, hidden_size // 64), "decoder_dropout": 0.1}

@@ -177,7 +177,7 @@ class ContractBroadcastAttention(GradientCheckpointingLayer):
         """
         projected = self.projection(self.norm(hidden_states))
         patches = projected[:, : grid_size[0] * grid_size[1]].transpose(1, 2).unflatten(2, grid_size)
-        representatives = F.adaptive_avg_pool2d(patches, self.REPRESENTATIVES).flatten(2).transpose(1, 2)
+        representatives = pool_adaptively(patches, self.REPRESENTATIVES).flatten(2).transpose(1, 2)
         tokens, representatives = self._split_heads(projected), self._split_heads(representatives)
 
         contraction = self._weights(representatives, tokens)
@@ -315,6 +315,30 @@ def class_logits(patches: Tensor, classes: Tensor, mask_norm: nn.LayerNorm, grid
     """
     similarities = F.normalize(patches, dim=-1) @ F.normalize(classes, dim=-1).transpose(1, 2)
     return to_grid(mask_norm(similarities), grid_size)
+
+
+def pool_adaptively(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """`F.adaptive_avg_pool2d`; while a graph is traced, by products with the matrices of its averages.
+
+    The kernel's decomposition binds an ONNX graph to the traced grid, without an error.
+
+    Args:
+        features: `(batch, channels, grid_height, grid_width)`.
+        size: Rows and columns of the averages.
+
+    Returns:
+        `(batch, channels, *size)`.
+    """
+    if not torch.compiler.is_compiling():
+        return F.adaptive_avg_pool2d(features, size)
+    weights = []
+    for bins, length in zip(size, features.shape[-2:], strict=True):
+        index = torch.arange(bins, device=features.device)
+        position = torch.arange(length, device=features.device)
+        first, end = index * length // bins, ((index + 1) * length + bins - 1) // bins
+        inside = (position >= first[:, None]) & (position < end[:, None])
+        weights.append(inside.to(features.dtype) / (end - first)[:, None])
+    return weights[0] @ features @ weights[1].transpose(0, 1)
 
 
 def to_grid(scores: Tensor, grid_size: tuple[int, int]) -> Tensor:

@@ -1,4 +1,7 @@
-"""Label maps as pictures: palette images, overlays with a legend, and the share of each class."""
+"""Label maps as pictures: palette images, overlays with a legend, contact sheets, and the share of each class."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -67,7 +70,54 @@ def overlay(
     table[: len(colors)] = colors
     weight = np.where(ids == IGNORE_LABEL, 0.0, alpha).astype(np.float32)[..., None]
     blended = PIL.Image.fromarray(np.rint(photo + weight * (table[ids] - photo)).astype(np.uint8))
-    return blended if names is None else _with_legend(blended, ids, colors, names)
+    if names is None:
+        return blended
+    shares = [(colors[index], f"{_shorten(names[index])} {100 * share:.1f} %") for index, share in _shares(ids)]
+    return _with_legend(blended, shares)
+
+
+class SheetRow(NamedTuple):
+    """One photograph of a contact sheet; the label maps are `(height, width)` integers of the photograph's size."""
+
+    title: str
+    photo: PIL.Image.Image
+    truth: np.ndarray
+    prediction: np.ndarray
+
+
+def contact_sheet(
+    rows: Sequence[SheetRow], colors: list[Color], names: list[str], column_width: int = 320
+) -> PIL.Image.Image:
+    """Photographs with their true and predicted classes side by side, one below the other, and a legend.
+
+    Args:
+        rows: From top to bottom, each below its title.
+        colors: RGB in 0 to 255, by class id; 255 in a label map is shown black.
+        names: By class id; the legend lists the classes that occur in any map.
+        column_width: Pixels of every picture.
+
+    Returns:
+        RGB.
+
+    Raises:
+        ValueError: If there are no rows, sizes within a row differ, an id has no colour, or there are not as many names
+            as colours.
+    """
+    if not rows:
+        raise ValueError("Got no rows, needed at least one photograph for a contact sheet.")
+    if len(names) != len(colors):
+        raise ValueError(f"Got {len(names)} names and {len(colors)} colours, needed one of each per class.")
+    blocks, counts = [], np.zeros(256, dtype=np.int64)
+    for row in rows:
+        maps = _row_maps(row, len(colors))
+        counts += sum(np.bincount(each.ravel(), minlength=256) for each in maps)
+        size = (column_width, max(1, round(row.photo.height * column_width / row.photo.width)))
+        pictures = [row.photo.convert("RGB").resize(size), *(label_image(each, colors).resize(size) for each in maps)]
+        blocks.append((row.title, pictures))
+    entries = [(colors[index], _shorten(names[index])) for index in np.flatnonzero(counts[:IGNORE_LABEL]).tolist()]
+    if counts[IGNORE_LABEL]:
+        entries.append(((0, 0, 0), "no class"))
+    return _with_legend(_sheet_canvas(blocks, column_width), entries)
 
 
 def class_shares(segmentation, names: list[str]) -> list[tuple[str, float]]:
@@ -107,9 +157,40 @@ def _ids(segmentation, num_classes: int) -> np.ndarray:
     return ids
 
 
-def _with_legend(image: PIL.Image.Image, ids: np.ndarray, colors: list[Color], names: list[str]) -> PIL.Image.Image:
-    """Put a panel with one entry per class below the picture, as wide as that or, for many entries, about square."""
-    entries = [(colors[index], f"{_shorten(names[index])} {100 * share:.1f} %") for index, share in _shares(ids)]
+def _row_maps(row: SheetRow, num_classes: int) -> list[np.ndarray]:
+    """Checked label maps of a row: truth, prediction."""
+    maps = [_ids(each, num_classes) for each in (row.truth, row.prediction)]
+    if any(each.shape != (row.photo.height, row.photo.width) for each in maps):
+        raise ValueError(
+            f"{row.title}: got a photograph of {(row.photo.height, row.photo.width)} and label maps of "
+            f"{maps[0].shape} and {maps[1].shape} (height, width), needed one size."
+        )
+    return maps
+
+
+def _sheet_canvas(blocks: list[tuple[str, list[PIL.Image.Image]]], column_width: int) -> PIL.Image.Image:
+    """Pictures in three columns under their headings, each row under its title."""
+    gap = max(4, column_width // 40)
+    font = PIL.ImageFont.load_default(max(12, column_width // 22))
+    line_height = round(1.5 * font.size)
+    height = line_height + sum(line_height + pictures[0].height + gap for _, pictures in blocks)
+    canvas = PIL.Image.new("RGB", (3 * column_width + 4 * gap, height), "white")
+    draw = PIL.ImageDraw.Draw(canvas)
+    lefts = [gap + column * (column_width + gap) for column in range(3)]
+    for left, heading in zip(lefts, ("photograph", "truth", "prediction"), strict=True):
+        draw.text((left, line_height / 2), heading, fill="gray", font=font, anchor="lm")
+    top = line_height
+    for title, pictures in blocks:
+        draw.text((gap, top + line_height / 2), title, fill="black", font=font, anchor="lm")
+        top += line_height
+        for left, picture in zip(lefts, pictures, strict=True):
+            canvas.paste(picture, (left, top))
+        top += pictures[0].height + gap
+    return canvas
+
+
+def _with_legend(image: PIL.Image.Image, entries: list[tuple[Color, str]]) -> PIL.Image.Image:
+    """Put a panel with these entries below the picture, as wide as that or, for many entries, about square."""
     # Legible at full size, and also when the whole picture is fitted to a screen.
     font_size = max(12, round(max(image.size) / 80))
     font = PIL.ImageFont.load_default(font_size)

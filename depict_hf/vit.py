@@ -178,7 +178,9 @@ def resize_positions(positions: Tensor, grid_size: tuple[int, int], new_grid_siz
         `resize_pos_embed`, segm/model/utils.py in rstrudel/segmenter@20d1bfa. There a grid of another shape but the
         same number of patches is not resized; here it is.
     """
-    if tuple(grid_size) == tuple(new_grid_size):
+    # Grids that `torch.export` leaves free are not compared: the program would refuse the one that is equal.
+    free = any(isinstance(side, torch.SymInt) for side in new_grid_size)
+    if not free and tuple(grid_size) == tuple(new_grid_size):
         return positions
     num_patches = grid_size[0] * grid_size[1]
     prefix, grid = positions.split([positions.shape[1] - num_patches, num_patches], dim=1)

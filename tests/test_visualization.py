@@ -3,7 +3,7 @@ import PIL.Image
 import pytest
 import torch
 
-from depict_hf.visualization import class_shares, label_image, overlay
+from depict_hf.visualization import SheetRow, class_shares, contact_sheet, label_image, overlay
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 NAMES = ["wall", "floor", "sky"]
@@ -54,6 +54,36 @@ def test_a_long_name_leaves_room_for_columns():
     photo, ids = PIL.Image.new("RGB", (640, 90)), np.arange(3).repeat(640 * 30).reshape(90, 640)
     short, long = (overlay(photo, ids, COLORS, [name, *NAMES[1:]]) for name in ("wall" * 6, "wall" * 60))
     assert abs(long.width - short.width) < 20 and abs(long.height - short.height) < 20
+
+
+def test_a_contact_sheet_has_photo_truth_and_prediction_side_by_side():
+    """Of two rows of 60 x 40 pixels shown at that size; the legend lists what occurs in any map, and nothing else."""
+    first, second, black = (90, 20, 160), (20, 160, 90), (0, 0, 0)
+    rows = [
+        SheetRow("a", PIL.Image.new("RGB", (60, 40), first), np.full((40, 60), 0), np.full((40, 60), 2)),
+        SheetRow("b", PIL.Image.new("RGB", (60, 40), second), np.full((40, 60), 2), np.full((40, 60), 255)),
+    ]
+    pixels = np.array(contact_sheet(rows, COLORS, NAMES, column_width=60))
+    tops = []
+    for color, truth, prediction in ((first, COLORS[0], COLORS[2]), (second, COLORS[2], black)):
+        found_rows, found_columns = np.nonzero((pixels == color).all(axis=-1))
+        assert len(found_rows) == 60 * 40 and found_columns.min() == 4
+        tops.append(found_rows.min())
+        for left, expected in ((4 + 64, truth), (4 + 128, prediction)):
+            assert (pixels[tops[-1] : tops[-1] + 40, left : left + 60] == expected).all()
+    assert tops[0] + 40 < tops[1]
+    legend = {tuple(color) for color in pixels[tops[1] + 44 :].reshape(-1, 3).tolist()}
+    assert {COLORS[0], COLORS[2], black} <= legend and COLORS[1] not in legend
+
+
+def test_contact_sheets_refuse_what_does_not_fit():
+    photo = PIL.Image.new("RGB", (3, 2))
+    with pytest.raises(ValueError, match="no rows"):
+        contact_sheet([], COLORS, NAMES)
+    with pytest.raises(ValueError, match=r"street: got a photograph of \(2, 3\) and label maps of \(2, 3\) and \(3, 2\)"):
+        contact_sheet([SheetRow("street", photo, IDS, IDS.T)], COLORS, NAMES)
+    with pytest.raises(ValueError, match="1 names and 3 colours"):
+        contact_sheet([SheetRow("street", photo, IDS, IDS)], COLORS, NAMES[:1])
 
 
 def test_shares_are_sorted_fractions_of_the_image():

@@ -6,6 +6,7 @@ Randomness comes only from the `torch.Generator` that is passed in.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,16 +42,20 @@ class TrainingAugmentation:
 
     def __call__(self, image: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Returns the image normalised, float32 `(3, crop_size, crop_size)`, and labels `(crop_size, crop_size)`."""
+        if labels.max() <= 255:
+            labels = labels.to(torch.uint8)  # an eighth of the memory to move
         image, labels = random_resize(
             image, labels, self.size, self.long_side_factor * self.size, self.scale_range, generator
         )
         image, labels = random_crop(image, labels, self.crop_size, generator)
         image, labels = random_flip(image, labels, generator)
-        image = image.float()
+        # Colour steps are several times as fast on channels that lie apart in memory.
+        image = image.to(torch.float32, memory_format=torch.contiguous_format)
         if self.photometric:
             image = photometric_distortion(image, generator)
         image = normalize(image, self.mean, self.std)
-        return pad(image, labels, self.crop_size)
+        image, labels = pad(image, labels, self.crop_size)
+        return image, labels.long()
 
 
 def random_resize(
@@ -73,8 +78,9 @@ def random_resize(
     size = [max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))]
     # Six times as fast on channels that lie together in memory.
     image = tvf.resize(image.permute(1, 2, 0).contiguous().permute(2, 0, 1), size, antialias=False)
-    rows, columns = (torch.arange(new) * old // new for old, new in zip((height, width), size, strict=True))
-    return image, labels[rows][:, columns]
+    rows, columns = (np.arange(new) * old // new for old, new in zip((height, width), size, strict=True))
+    # numpy's `take` is several times as fast as torch's indexing, and columns cost less while there are few rows.
+    return image, torch.from_numpy(labels.numpy().take(columns, axis=1).take(rows, axis=0))
 
 
 def random_crop(
@@ -100,7 +106,8 @@ def random_crop(
             int(torch.randint(max(length - crop_size, 0) + 1, (), generator=generator)) for length in (height, width)
         )
         crop = labels[top : top + crop_size, left : left + crop_size]
-        counts = torch.bincount(crop[crop != IGNORE_INDEX])
+        counts = torch.bincount(crop.flatten(), minlength=IGNORE_INDEX + 1)
+        counts[IGNORE_INDEX] = 0
         if (counts > 0).sum() > 1 and counts.max() < max_class_share * counts.sum():
             break
     return image[:, top : top + crop_size, left : left + crop_size], crop

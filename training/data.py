@@ -1,48 +1,128 @@
 """Datasets of photographs and label maps: where their columns are, how they are read, trained on and evaluated."""
 
-from collections.abc import Sequence
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from depict_hf import DepictImageProcessor
 
 from .augmentation import IGNORE_INDEX, TrainingAugmentation
+from .imagefolder import find_class_names, find_metadata, load_imagefolder
+from .layouts import LAYOUTS, Splits, find_layout
+from .reading import LabelEncoding, UnreadableImageError, name_of, read_pair
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values", "photo")
 LABEL_COLUMNS = (
     "label",
     "labels",
+    "label_map",
     "annotation",
     "annotations",
     "mask",
+    "masks",
+    "ground_truth",
     "segmentation",
+    "segmentation_map",
     "segmentation_mask",
     "semantic_segmentation",
 )
+_SLICE = re.compile(r"(?P<name>.+)\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\]")
 
 
-def load_dataset_splits(name_or_path: str | Path) -> datasets.DatasetDict:
-    """Load every split of a dataset on the Hub, or of a local folder laid out like one.
+def load_dataset_splits(name_or_path: str | Path, streaming: bool = False) -> Splits:
+    """Load every split of a dataset on the Hub or in a local folder.
+
+    Args:
+        name_or_path: A dataset of the Hub that needs no script, or a folder: laid out like one on the Hub, in an
+            official layout (`training.layouts`), an `imagefolder` (`training.imagefolder`), or written by
+            `save_to_disk`.
+        streaming: Whether splits are read on the way, as `datasets.IterableDataset`.
 
     Raises:
         FileNotFoundError: If there is neither such a folder nor such a dataset.
+        ValueError: If a folder is incomplete or looks like several layouts, or the data cannot be loaded.
     """
-    return datasets.load_dataset(str(name_or_path))
+    folder = Path(name_or_path)
+    try:
+        if not folder.is_dir():
+            return Splits(datasets.load_dataset(str(name_or_path), streaming=streaming))
+        return _load_folder(folder, streaming)
+    except (RuntimeError, DatasetGenerationError) as error:
+        reasons = f"{error} {error.__cause__ or ''}".strip()
+        raise ValueError(
+            f"{name_or_path} cannot be loaded; needed is a dataset without a script, whose metadata are complete: "
+            f"{reasons}"
+        ) from error
 
 
-def get_split(splits: datasets.DatasetDict, name: str) -> datasets.Dataset:
-    """One split by name.
+def _load_folder(folder: Path, streaming: bool) -> Splits:
+    metadata = find_metadata(folder)
+    official = find_layout(folder)
+    if official is not None and metadata:
+        raise ValueError(
+            f"{folder} looks like {official.layout}, but also holds {metadata[0].relative_to(folder)}, as a folder of "
+            "your own images does; remove one of the two."
+        )
+    if official is not None:
+        return _streamed(official) if streaming else official
+    names = find_class_names(folder)
+    if metadata:
+        return Splits(load_imagefolder(folder, metadata, streaming), "an imagefolder", names)
+    if (folder / "dataset_dict.json").is_file():
+        saved = Splits(datasets.load_from_disk(str(folder)), "a dataset saved to disk", names)
+        return _streamed(saved) if streaming else saved
+    try:
+        return Splits(datasets.load_dataset(str(folder), streaming=streaming), "a folder in Hub layout", names)
+    except (FileNotFoundError, ValueError) as error:
+        official_names = ", ".join(layout.name for layout in LAYOUTS)
+        raise ValueError(
+            f"Found no dataset in {folder}; needed is a folder in Hub layout, in the official layout of one of "
+            f"{official_names}, or of images with a metadata.jsonl ({error})"
+        ) from error
+
+
+def _streamed(splits: Splits) -> Splits:
+    """The same splits as streams, in parts that workers can share."""
+    streams = {name: split.to_iterable_dataset(num_shards=min(len(split), 64)) for name, split in splits.items()}
+    return Splits(streams, splits.layout, splits.class_names, splits.encoding)
+
+
+def get_split(splits: Mapping[str, datasets.Dataset], name: str) -> datasets.Dataset:
+    """One split by name, or a part of it: `train[:80%]`, `train[80%:]`, `train[:100]`.
 
     Raises:
         ValueError: If the dataset has no such split.
     """
-    if name not in splits:
-        raise ValueError(f"Got split {name!r}, needed one of those in the dataset: {', '.join(splits)}.")
-    return splits[name]
+    found = _SLICE.fullmatch(name)
+    whole = found["name"] if found else name
+    if whole not in splits:
+        raise ValueError(
+            f"Got split {name!r}, needed one of those in the dataset: {', '.join(splits)}. Name it with train_split=, "
+            "validation_split= or test_split= (--split of training.evaluate), or use parts of one, such as "
+            "train_split=train[:80%] validation_split=train[80%:]."
+        )
+    if not found:
+        return splits[whole]
+    if isinstance(splits[whole], datasets.IterableDataset):
+        raise ValueError(f"Got split {name!r}, but a stream has no parts; leave streaming out, or name whole splits.")
+    start, stop = (_position(found[each], len(splits[whole]), at) for each, at in (("start", 0), ("stop", None)))
+    return splits[whole].select(range(start, stop))
+
+
+def _position(text: str | None, length: int, otherwise: int | None) -> int:
+    """Of a bound of a slice, in percent or images."""
+    if text is None:
+        return length if otherwise is None else otherwise
+    position = round(length * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+    return min(position, length)
 
 
 def find_columns(
@@ -76,7 +156,7 @@ def _find_column(
     if len(found) != 1:
         raise ValueError(
             f"Found {len(found)} columns that could be the {kind} ({', '.join(found) or 'none'}), needed one; pass "
-            f"{kind}_column=NAME ({existing})."
+            f"{kind}_column=NAME ({existing}). In a metadata.jsonl, names of such columns end in _file_name."
         )
     return found[0]
 
@@ -86,13 +166,19 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     Args:
         dataset: One split.
-        num_labels: Number of classes; a label map may hold ids below it and 255.
+        num_labels: Number of classes.
         image_column: Of the photographs; found by its usual name if omitted.
         label_column: Of the label maps; found likewise.
         reduce_labels: Whether label 0 becomes 255 and the others go down by one.
+        encoding: Of the label maps, instead of `reduce_labels`; by default they hold ids below `num_labels` and 255.
+        split: Its name, for messages; the dataset's own if omitted.
 
     Items are `image`, uint8 `(3, height, width)`, and `labels`, int64 `(height, width)`, decoded by the rules of
-    `DepictImageProcessor` (palettes count by index).
+    `DepictImageProcessor` (palettes count by index) and turned as EXIF orientations say.
+
+    Attributes:
+        pixels: Of each class over all label maps, `(num_labels,)` int64, where they have been counted.
+        left_out: Names of images of the split that are not among the samples.
     """
 
     def __init__(
@@ -102,13 +188,17 @@ class SegmentationDataset(torch.utils.data.Dataset):
         image_column: str | None = None,
         label_column: str | None = None,
         reduce_labels: bool = False,
+        encoding: LabelEncoding | None = None,
+        split: str | None = None,
     ):
         self.dataset = dataset
         self.num_labels = num_labels
         self.image_column, self.label_column = find_columns(dataset.features, image_column, label_column)
-        self.decoder = DepictImageProcessor(
-            do_resize=False, do_rescale=False, do_normalize=False, do_reduce_labels=reduce_labels
-        )
+        self.encoding = LabelEncoding.counted(num_labels, reduce_labels) if encoding is None else encoding
+        self.split = str(dataset.split) if split is None else split
+        self.pixels: Tensor | None = None
+        self.left_out: tuple[str, ...] = ()
+        self.encoded = undecoded(dataset, self.image_column, self.label_column)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -117,26 +207,74 @@ class SegmentationDataset(torch.utils.data.Dataset):
         """Read one pair.
 
         Raises:
-            ValueError: If the image cannot be decoded, or its label map holds an id that is no class; both name it.
+            UnreadableImageError: If the photograph or its label map cannot be decoded.
+            ValueError: If the label map does not fit, or holds an id that is no class.
         """
-        where = f"Image {index} of split {self.dataset.split}"
-        try:
-            row = self.dataset[index]
-            decoded = self.decoder(row[self.image_column], segmentation_maps=row[self.label_column])
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{where} cannot be read; repair it or leave it out: {error}") from error
-        image, labels = decoded["pixel_values"][0], decoded["labels"][0]
-        wrong = labels[(labels != IGNORE_INDEX) & (labels >= self.num_labels)]
-        if wrong.numel():
-            raise ValueError(
-                f"{where} has label ids {wrong.unique()[:10].tolist()}, needed 0 to {self.num_labels - 1} or "
-                f"{IGNORE_INDEX} (ignored); check the class names and reduce_labels."
-            )
-        return {"image": image, "labels": labels}
+        row = self.encoded[index]
+        return read_sample(
+            row[self.image_column], row[self.label_column], self.encoding, f"Image {index} of split {self.split}"
+        )
+
+    def name(self, index: int) -> str:
+        """Path or name of a photograph, or its place in the split where it has none."""
+        return name_of(self.encoded[index][self.image_column]) or f"image {index} of split {self.split}"
+
+    def without(self, indices: Iterable[int]) -> "SegmentationDataset":
+        """All samples but some; their names are noted in `left_out`."""
+        dropped = set(indices)
+        kept = [index for index in range(len(self)) if index not in dropped]
+        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        rest = SegmentationDataset(
+            self.dataset.select(kept), self.num_labels, **columns, encoding=self.encoding, split=self.split
+        )
+        rest.left_out = (*self.left_out, *(self.name(index) for index in sorted(dropped)))
+        return rest
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the data: with the dataset, the meaning of its ids, and files that it only names."""
+        parts = [self.dataset._fingerprint]
+        if self.encoding != LabelEncoding.counted(self.num_labels):
+            parts.append(str(self.encoding.classes))
+        if len(self) and self.encoded[0][self.image_column]["bytes"] is None:
+            for row in self.encoded:
+                for path in (each["path"] for each in row.values() if each is not None and each["path"] is not None):
+                    status = os.stat(path) if os.path.isfile(path) else None
+                    parts.append(f"{path} {status and (status.st_size, status.st_mtime_ns)}")
+        return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def undecoded(dataset, image_column: str, label_column: str):
+    """A dataset or stream of these two columns, whose items have `path` and `bytes` instead of images."""
+    dataset = dataset.select_columns([image_column, label_column])
+    for column in (image_column, label_column):
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
+def read_sample(
+    encoded_image: dict | None, encoded_labels: dict | None, encoding: LabelEncoding, where: str
+) -> dict[str, Tensor]:
+    """An item of `SegmentationDataset` from its undecoded columns; errors begin with `where` and the image's name.
+
+    Raises:
+        UnreadableImageError: If the photograph or its label map cannot be decoded.
+        ValueError: If the label map does not fit, or holds an id that is no class.
+    """
+    try:
+        image, labels = read_pair(encoded_image, encoded_labels, encoding)
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{where} cannot be read: {error}") from error
+    except ValueError as error:
+        name = name_of(encoded_image)
+        raise ValueError(f"{where}{f' ({name})' if name else ''}: {error}") from error
+    return {"image": image, "labels": labels}
 
 
 def count_pixels(samples: SegmentationDataset) -> Tensor:
     """Labelled pixels of each class over all label maps, `(num_labels,)` int64."""
+    if samples.pixels is not None:
+        return samples.pixels
     counts = torch.zeros(samples.num_labels, dtype=torch.long)
     for index in range(len(samples)):
         labels = samples[index]["labels"]

@@ -1,170 +1,278 @@
-"""Evaluate a model on a split at full resolution: `python -m training.evaluate MODEL DATASET [--split test] ...`."""
+"""Evaluate a model on a split at full resolution: `python -m training.evaluate MODEL DATASET [--split test] ...`.
+
+Under `accelerate launch` or `torchrun` the processes share the images; the figures are those of one process.
+"""
 
 import argparse
-import json
-import math
-import platform
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import datasets
+import PIL.Image
 import torch
-import transformers
-from tqdm import tqdm
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
-from depict_hf.inference import segment
+from depict_hf.labels import colors_for
 
 from .augmentation import IGNORE_INDEX
-from .data import SegmentationDataset, get_split, load_dataset_splits
-from .metrics import MeanIoU
+from .checks import open_samples
+from .corruptions import CORRUPTIONS, parse_corruptions
+from .data import SegmentationDataset, load_dataset_splits
+from .evaluation import Execution, Protocol, evaluate, under_corruption
+from .metrics import EvaluateMeanIoU, largest_difference
+from .records import environment, percent, render_table, write_json
+from .worst_images import WorstImages
 
-METRIC_DEFINITION = "pixels counted over the whole split; classes that occur nowhere are left out of the means"
-
-
-def evaluate(
-    model: DepictForSemanticSegmentation,
-    image_processor: DepictImageProcessor,
-    samples: SegmentationDataset,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-) -> dict:
-    """Segment every photograph at its own size and compare with its label map.
-
-    Args:
-        model: In evaluation mode, on any device.
-        image_processor: Prepares the photographs.
-        samples: Photographs and label maps at full resolution.
-        scales, flip: As for `depict_hf.inference.segment`.
-
-    Returns:
-        A record ready for JSON: metric and its definition, per-class fractions by name (None where a class occurs
-        nowhere), protocol, precision, image count, images per second, and `environment()`.
-
-    Raises:
-        ValueError: If the model and the data differ in their number of classes.
-    """
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    if samples.num_labels != len(names):
-        raise ValueError(
-            f"The model has {len(names)} classes and the data {samples.num_labels}, needed the same number."
-        )
-    metric = MeanIoU(len(names), ignore_index=IGNORE_INDEX)
-    seconds = 0.0
-    for index in tqdm(range(len(samples)), desc="Evaluation", disable=not sys.stderr.isatty()):
-        sample = samples[index]
-        start = time.perf_counter()
-        predictions = segment(model, image_processor, [sample["image"].permute(1, 2, 0).numpy()], scales, flip)
-        seconds += time.perf_counter() - start
-        metric.add_batch(predictions=predictions, references=[sample["labels"]])
-    results = metric.compute()
-    return {
-        "metric": "mean IoU",
-        "metric_definition": METRIC_DEFINITION,
-        **{name: results[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy")},
-        "per_class_iou": _by_name(names, results["per_category_iou"]),
-        "per_class_accuracy": _by_name(names, results["per_category_accuracy"]),
-        "protocol": {
-            "size": {key: value for key, value in dict(image_processor.size).items() if value is not None},
-            "window_size": model.config.window_size,
-            "window_stride": model.config.window_stride,
-            "scales": list(scales),
-            "flip": flip,
-            "resolution": "each photograph's own",
-        },
-        "precision": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "num_images": len(samples),
-        "images_per_second": len(samples) / seconds,
-        "environment": environment(),
-    }
-
-
-def environment() -> dict[str, str | int | None]:
-    """Versions, commit of the code (None outside a checkout; "+" marks uncommitted changes) and hardware."""
-    return {
-        "commit": git_commit(Path(__file__).parent),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu_threads": torch.get_num_threads(),
-    }
-
-
-def git_commit(folder: Path) -> str | None:
-    """Hash of the commit checked out around `folder`, with "+" where tracked files were changed; None without git."""
-    try:
-        outputs = [
-            subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return outputs[0].strip() + ("+" if outputs[1].strip() else "")
-
-
-def render_table(record: dict) -> str:
-    """Per-class IoU and accuracy of a record of `evaluate`, in percent."""
-    width = max(len(name) for name in [*record["per_class_iou"], "overall accuracy"])
-    lines = [f"{'class':{width}}  {'IoU':>6}  {'acc.':>6}"]
-    for name, iou in record["per_class_iou"].items():
-        lines.append(f"{name:{width}}  {_percent(iou)}  {_percent(record['per_class_accuracy'][name])}")
-    lines.append(f"{'mean':{width}}  {_percent(record['mean_iou'])}  {_percent(record['mean_accuracy'])}")
-    lines.append(f"{'overall accuracy':{width}}  {'':6}  {_percent(record['overall_accuracy'])}")
-    return "\n".join(lines)
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CROSS_CHECK_TOLERANCE = 1e-9
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    started_in = environment()
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("model", help="folder or Hub name of a model with its image processor")
-    parser.add_argument("dataset", help="Hub name, or local folder laid out like a Hub dataset")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--flip", action="store_true", help="average with the mirror image")
-    parser.add_argument("--image-column")
-    parser.add_argument("--label-column")
-    parser.add_argument("--reduce-labels", action="store_true", help="ignore label 0 and shift the others down by one")
-    parser.add_argument("--output", type=Path, help="JSON file for the record")
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--corruption",
+        nargs="+",
+        default=[],
+        metavar="NAME[:SEVERITY]",
+        help=f"evaluate under these too: all, {', '.join(CORRUPTIONS)}; all severities, 1 to 5, where none is given",
+    )
+    parser.add_argument("--contact-sheet", type=Path, metavar="FILE", help="picture of the images of lowest mean IoU")
+    parser.add_argument("--worst", type=int, default=8, metavar="N", help="images on the contact sheet (%(default)s)")
+    parser.add_argument(
+        "--metric",
+        choices=("own", "evaluate"),
+        default="own",
+        help='"evaluate" also computes the real mean_iou of evaluate, which keeps every map, and compares',
+    )
+    parser.add_argument(
+        "--metric-script", default="mean_iou", metavar="PATH", help="that metric's script, where no Hub"
+    )
     arguments = parser.parse_args(argv)
     try:
-        model = DepictForSemanticSegmentation.from_pretrained(arguments.model, dtype=torch.float32).eval()
-        image_processor = DepictImageProcessor.from_pretrained(arguments.model)
-        samples = SegmentationDataset(
-            get_split(load_dataset_splits(arguments.dataset), arguments.split),
-            model.config.num_labels,
-            arguments.image_column,
-            arguments.label_column,
-            arguments.reduce_labels,
-        )
-        if torch.cuda.is_available():
-            model = model.cuda()
-        record = evaluate(model, image_processor, samples, arguments.scales, arguments.flip)
+        state = start_processes()
+        record = run(arguments, state) | {"environment": started_in}
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    record |= {"model": arguments.model, "dataset": arguments.dataset, "split": arguments.split}
-    print(render_table(record))
-    if arguments.output:
-        write_json(record, arguments.output)
+    if state.is_main_process:
+        print(render_table(record))
+        print(describe(record))
+        if arguments.output:
+            write_json(record, arguments.output)
+    state.destroy_process_group()
+    difference = record.get("cross_check", {}).get("largest_difference", 0.0)
+    if difference > CROSS_CHECK_TOLERANCE:
+        print(f"error: evaluate's mean_iou differs by {difference:.3g}; see cross_check in the record", file=sys.stderr)
+        return 1
     return 0
 
 
-def write_json(record: dict, path: Path) -> None:
+def start_processes() -> PartialState:
+    """This process among those that were launched together, on the CPU where nothing faster is there or it is asked for."""
+    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that evaluates takes."""
+    parser.add_argument("dataset", help="Hub name, or local folder (see training.data.load_dataset_splits)")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--max-images", type=int, metavar="N", help="only so many, evenly spaced over the split")
+    parser.add_argument("--image-column")
+    parser.add_argument("--label-column")
+    parser.add_argument(
+        "--reduce-labels",
+        action=argparse.BooleanOptionalAction,
+        help="ignore label 0 and shift the others down by one; as the image processor does, if neither is given",
+    )
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out images that cannot be decoded instead of refusing"
+    )
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes relative to the model's own")
+    parser.add_argument("--flip", action="store_true", help="average with the mirror image")
+    parser.add_argument("--dtype", choices=AUTOCAST, default="float32", help="other than float32: mixed precision")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="images at a time (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode (%(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the record")
+
+
+def settings(arguments: argparse.Namespace, state: PartialState) -> tuple[Protocol, Execution]:
+    """Protocol and execution of the arguments that `add_data_arguments` added.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+    for name, least in (("batch_size", 1), ("workers", 0)):
+        if getattr(arguments, name) < least:
+            option = name.replace("_", "-")
+            raise ValueError(f"Got --{option} {getattr(arguments, name)}, needed at least {least}.")
+    protocol = Protocol(
+        tuple(arguments.scales), arguments.flip, AUTOCAST[arguments.dtype], max_images=arguments.max_images
+    )
+    return protocol, Execution(arguments.batch_size, arguments.workers, state)
+
+
+def load_model(name: str, device: torch.device | str) -> tuple[DepictForSemanticSegmentation, DepictImageProcessor]:
+    """Model with float32 weights in evaluation mode, and its image processor.
+
+    Raises:
+        OSError: If it cannot be found.
+        ValueError: If weights are missing, which would be filled with random numbers.
+    """
+    model, loading = DepictForSemanticSegmentation.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise ValueError(f"{name} lacks weights that its config.json describes, among them {missing}.")
+    return model.eval().to(device), DepictImageProcessor.from_pretrained(name)
+
+
+def load_samples(
+    arguments: argparse.Namespace, class_names: Sequence[str], reduce_labels: bool, state: PartialState
+) -> SegmentationDataset:
+    """The split that the arguments of `add_data_arguments` name.
+
+    Args:
+        class_names: The model's, in the order of their ids.
+        reduce_labels: Where the arguments leave it open.
+
+    Raises:
+        OSError: If there is no such dataset.
+        ValueError: If there is no such split, its columns are neither given nor found, or images are at fault.
+    """
+    with state.main_process_first():
+        splits = load_dataset_splits(arguments.dataset)
+        # The other processes find what the main process found while it read all images.
+        return open_samples(
+            splits,
+            arguments.split,
+            class_names,
+            arguments.image_column,
+            arguments.label_column,
+            reduce_labels if arguments.reduce_labels is None else arguments.reduce_labels,
+            arguments.skip_unreadable,
+            arguments.workers,
+        )
+
+
+def run(arguments: argparse.Namespace, state: PartialState) -> dict:
+    """Evaluate as the command line says, and write contact sheets.
+
+    Returns:
+        The record of `evaluate` without corruption, and with `corruptions` where some were asked for, `cross_check`
+        where the metric of `evaluate` was.
+
+    Raises:
+        OSError: If model, data or metric cannot be had.
+        ValueError: If arguments do not fit each other or the data.
+    """
+    corruptions = parse_corruptions(arguments.corruption)
+    protocol, execution = settings(arguments, state)
+    sheet = check_sheet(arguments.contact_sheet)
+    if arguments.metric == "evaluate" and state.num_processes > 1:
+        raise ValueError("--metric evaluate keeps every label map in one process; run it without a launcher.")
+    model, image_processor = load_model(arguments.model, state.device)
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    samples = load_samples(arguments, names, bool(image_processor.do_reduce_labels), state)
+    check = None
+    if arguments.metric == "evaluate":
+        check = EvaluateMeanIoU(samples.num_labels, IGNORE_INDEX, arguments.metric_script)
+
+    clean, under = None, []
+    for corruption in [None, *corruptions]:
+        worst = WorstImages(arguments.worst)
+        observers = [worst.add] if sheet else []
+        if check and corruption is None:
+            observers.append(lambda index, image, labels, prediction, confusion: check.add(prediction, labels))
+        record = evaluate(
+            model, image_processor, samples, replace(protocol, corruption=corruption), execution, observers
+        )
+        if corruption is None:
+            clean = record
+        else:
+            under.append(under_corruption(record, corruption, clean))
+        if sheet:
+            suffix = "" if corruption is None else f"-{corruption.name}-{corruption.severity}"
+            path = sheet.with_name(f"{sheet.stem}{suffix}{sheet.suffix}")
+            save_sheet(worst, samples, model.config.id2label, state, path)
+    clean |= {"model": arguments.model, "dataset": arguments.dataset, "split": arguments.split}
+    clean["left_out"] = list(samples.left_out)
+    if under:
+        clean["corruptions"] = under
+    if check:
+        clean["cross_check"] = compare_metrics(clean, check.compute(), arguments.metric_script)
+    return clean
+
+
+def check_sheet(path: Path | None) -> Path | None:
+    """Refuse a file that no picture can be written to, before the images are evaluated.
+
+    Raises:
+        ValueError: If its suffix is that of no picture.
+    """
+    if path is not None and path.suffix.lower() not in PIL.Image.registered_extensions():
+        raise ValueError(f"Got --contact-sheet {path}, needed the name of a picture, such as worst.png.")
+    return path
+
+
+def save_sheet(
+    worst: WorstImages, samples: SegmentationDataset, id2label: dict[int, str], state: PartialState, path: Path
+) -> None:
+    """Write the contact sheet of the worst images of all processes."""
+    if state.num_processes > 1:
+        everywhere = gather_object(worst.images)
+        worst = WorstImages(worst.count)
+        worst.merge(everywhere)
+    if not state.is_main_process:
+        return
+    names = [id2label[index] for index in range(len(id2label))]
+    if not worst.images:
+        print(f"{path} is not written: no image has a labelled pixel.", file=sys.stderr)
+        return
+    titles = [f"{Path(samples.name(each.index)).name} ({each.index})" for each in worst.images]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    worst.sheet(titles, colors_for(id2label), names).save(path)
 
 
-def _by_name(names: list[str], values) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in zip(names, values.tolist(), strict=True)}
+def compare_metrics(record: dict, results: dict, source: str) -> dict:
+    """Results of `evaluate`'s metric beside ours.
+
+    Returns:
+        `source`, `mean_iou`, `mean_accuracy` and `overall_accuracy` of that metric, and `largest_difference` over these
+        and all classes.
+    """
+    ours = {name: record[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy")} | {
+        f"per_category_{kind}": list(record[f"per_class_{kind}"].values()) for kind in ("iou", "accuracy")
+    }
+    return {
+        "source": source,
+        **{name: float(results[name]) for name in ("mean_iou", "mean_accuracy", "overall_accuracy")},
+        "largest_difference": largest_difference(ours, results),
+    }
 
 
-def _percent(value: float | None) -> str:
-    return f"{'-':>6}" if value is None else f"{100 * value:6.2f}"
+def describe(record: dict) -> str:
+    """The lines below the table: corruptions, the other metric, speed and memory."""
+    lines = [
+        f"{each['corruption']}:{each['severity']}  mean IoU {percent(each['mean_iou']).strip()}, "
+        f"retained {percent(each['retention']).strip()} %"
+        for each in record.get("corruptions", ())
+    ]
+    if "cross_check" in record:
+        difference = record["cross_check"]["largest_difference"]
+        lines.append(f"mean_iou of evaluate: largest difference {difference:.3g}")
+    memory = ", ".join(
+        f"{kind} {value / 2**20:.0f} MiB" for kind, value in record["peak_memory_bytes"].items() if value is not None
+    )
+    lines.append(
+        f"{record['num_images']} images, {record['images_per_second']:.2f} a second, metric "
+        f"{100 * record['metric_share']:.2f} % of the time, peak memory {memory}"
+    )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

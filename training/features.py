@@ -1,6 +1,7 @@
 """Encoder outputs computed once: with a frozen encoder, a training step then costs no more than the decoder."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -107,32 +108,31 @@ class FeatureDataset(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        with safe_open(self._path(index), framework="pt") as file:
-            if self.crop is not None:
-                return self._crop(file, sample_generator(self.seed, self.epoch, index))
-            input_size = torch.tensor(file.get_slice("labels").get_shape())
-            features = file.get_tensor("plain")
+        if self.crop is not None:
+            return self._crop(index)
+        features, input_size = self.read_whole(index)
         return {"features": features, "labels": self.samples[index]["labels"], "input_size": input_size}
 
-    def _crop(self, file, generator: torch.Generator) -> dict[str, Tensor]:
-        """A random square of patches, read alone, and the labels of the same area."""
+    def read_whole(self, index: int) -> tuple[Tensor, Tensor]:
+        """Features of a whole image and its `input_size`, without its labels, which are decoded from the data."""
+        with safe_open(self._path(index), framework="pt") as file:
+            input_size = torch.tensor(file.get_slice("labels").get_shape())
+            return file.get_tensor("plain"), input_size
+
+    def _crop(self, index: int) -> dict[str, Tensor]:
+        """A random square of patches and the labels of the same area; nothing else is read."""
+        generator = sample_generator(self.seed, self.epoch, index)
         mirror = bool(torch.rand((), generator=generator) < 0.5)
-        features = file.get_slice("mirrored" if mirror else "plain")
-        grid_height, grid_width, _ = features.get_shape()
-        labels = file.get_tensor("labels").long()
-        labels = labels.flip(-1) if mirror else labels
-        bottom, right = (side * self.patch_size for side in (grid_height, grid_width))
-        labels = F.pad(labels, (0, right - labels.shape[1], 0, bottom - labels.shape[0]), value=IGNORE_INDEX)
-        top, left = (
-            int(torch.randint(max(side - self.crop, 0) + 1, (), generator=generator))
-            for side in (grid_height, grid_width)
-        )
-        rows = slice(top * self.patch_size, (top + self.crop) * self.patch_size)
-        columns = slice(left * self.patch_size, (left + self.crop) * self.patch_size)
-        return {
-            "features": features[top : top + self.crop, left : left + self.crop],
-            "labels": labels[rows, columns].contiguous(),
-        }
+        with safe_open(self._path(index), framework="pt") as file:
+            features, labels = (file.get_slice(name) for name in ("mirrored" if mirror else "plain", "labels"))
+            grid_height, grid_width, _ = features.get_shape()
+            top, left = (
+                int(torch.randint(max(side - self.crop, 0) + 1, (), generator=generator))
+                for side in (grid_height, grid_width)
+            )
+            bottom, right = min(top + self.crop, grid_height), min(left + self.crop, grid_width)
+            area = tuple(side * self.patch_size for side in (top, left, bottom, right))
+            return {"features": features[top:bottom, left:right], "labels": _label_area(labels, area, mirror)}
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:06d}.safetensors"
@@ -142,9 +142,11 @@ class FeatureDataset(torch.utils.data.Dataset):
         """Compute and write features, of mirror images too where they are trained on, and labels at their size."""
         missing = [index for index in range(len(self)) if not self._path(index).is_file()]
         encoder = model.encoder.eval()
-        for index in tqdm(missing, desc="Features", mininterval=10):
+        for index in tqdm(missing, desc="Features", mininterval=10, disable=not missing):
             sample = self.samples[index]
-            inputs = self.image_processor(sample["image"], segmentation_maps=sample["labels"], return_tensors="pt")
+            # The labels of samples are reduced already.
+            maps = {"segmentation_maps": sample["labels"], "do_reduce_labels": False}
+            inputs = self.image_processor(sample["image"], **maps, return_tensors="pt")
             pixel_values = inputs["pixel_values"]
             views = {"plain": pixel_values}
             if self.crop is not None:
@@ -155,10 +157,20 @@ class FeatureDataset(torch.utils.data.Dataset):
                 with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
                     patches, grid_size = encoder(view, LayerRecord())
                 tensors[name] = patches[0].unflatten(0, grid_size).to("cpu", torch.float16).contiguous()
-            # Under another name until it is whole, so that a killed run leaves no half-written file.
-            partial = self._path(index).with_suffix(".partial")
+            # Under a name of this process until it is whole, so that a killed run leaves no half-written file.
+            partial = self._path(index).with_suffix(f".{os.getpid()}.partial")
             save_file(tensors, partial)
             partial.rename(self._path(index))
+
+
+def _label_area(labels, area: tuple[int, int, int, int], mirror: bool) -> Tensor:
+    """Labels of the (top, left, bottom, right) pixels of a label map or its mirror image, 255 beyond it, int64."""
+    top, left, bottom, right = area
+    height, width = labels.get_shape()
+    below, beside = max(bottom - height, 0), max(right - width, 0)
+    first, last = (width - right + beside, width - left) if mirror else (left, right - beside)
+    found = labels[top : bottom - below, first:last]
+    return F.pad(found.flip(-1) if mirror else found, (0, beside, 0, below), value=IGNORE_INDEX).long()
 
 
 def fingerprint(
@@ -169,7 +181,7 @@ def fingerprint(
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().float().numpy().tobytes())
-    digest.update(samples.dataset._fingerprint.encode())
+    digest.update(samples.fingerprint.encode())
     digest.update(image_processor.to_json_string().encode())
     digest.update(str(autocast).encode())
     return digest.hexdigest()[:16]

@@ -1,4 +1,8 @@
-"""Dataset-level mean intersection over union, from one running confusion matrix."""
+"""Dataset-level mean intersection over union, from one running confusion matrix, and a check by `evaluate`'s own."""
+
+import math
+import uuid
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,42 +63,49 @@ class MeanIoU:
             for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True))
         ]
         for prediction, reference in pairs:
-            self._add(prediction, reference)
+            self.add(self._count(prediction, reference))
+
+    def add(self, counts: Tensor) -> None:
+        """Add a matrix of `count`."""
+        self.confusion = self.confusion.to(counts.device) + counts
+
+    def count(self, prediction: Tensor, reference: Tensor) -> Tensor:
+        """Confusion matrix of one image, not yet added; like the attribute, on the device of the label map.
+
+        Args:
+            prediction: `(height, width)`, integer. Two maps of uint8 are several times as fast as others.
+            reference: `(height, width)`, integer.
+
+        Raises:
+            ValueError: If they are not two integer maps of one shape.
+        """
+        return self._count(*self._check_pair(0, prediction, reference))
 
     def compute(self) -> dict[str, float | np.ndarray]:
         """Results over everything added since the start or the last `reset`; it may be called while counting.
 
         Returns:
-            `mean_iou`, `mean_accuracy` and `overall_accuracy`, fractions; `per_category_iou` and
-            `per_category_accuracy`, `(num_labels,)` float64.
+            As `scores`.
         """
-        counts = self.confusion.cpu().numpy().astype(np.float64)
-        intersection = counts.diagonal()[:-1]
-        label_area = counts.sum(axis=1)[:-1]
-        prediction_area = counts.sum(axis=0)[:-1]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            iou = intersection / (label_area + prediction_area - intersection)
-            accuracy = intersection / label_area
-            overall_accuracy = intersection.sum() / label_area.sum()
-        return {
-            "mean_iou": _mean_of_present(iou),
-            "mean_accuracy": _mean_of_present(accuracy),
-            "overall_accuracy": float(overall_accuracy),
-            "per_category_iou": iou,
-            "per_category_accuracy": accuracy,
-        }
+        return scores(self.confusion)
 
-    def _add(self, prediction: Tensor, reference: Tensor) -> None:
-        reference = reference.long().flatten()
-        prediction = prediction.long().to(reference.device).flatten()
+    def _count(self, prediction: Tensor, reference: Tensor) -> Tensor:
+        prediction = prediction.to(reference.device)
+        if prediction.dtype == reference.dtype == torch.uint8:
+            reference, prediction, counts = _distinct_pairs(reference, prediction)
+        else:
+            reference, prediction, counts = reference.long().flatten(), prediction.long().flatten(), None
         if self.reduce_labels:
             # 0 and 255 both end as 255; 254 cannot come from anything but 255.
             reference = torch.where((reference == 0) | (reference == 255), 255, reference - 1)
         kept = reference != self.ignore_index
         rows, columns = (self._in_range(ids[kept]) for ids in (reference, prediction))
         size = self.num_labels + 1
-        counts = torch.bincount(rows * size + columns, minlength=size * size).view(size, size)
-        self.confusion = self.confusion.to(counts.device) + counts
+        if counts is None:
+            matrix = torch.bincount(rows * size + columns, minlength=size * size)
+        else:
+            matrix = counts.new_zeros(size * size).index_add_(0, rows * size + columns, counts[kept])
+        return matrix.view(size, size)
 
     def _in_range(self, ids: Tensor) -> Tensor:
         return torch.where((ids < 0) | (ids >= self.num_labels), self.num_labels, ids)
@@ -113,12 +124,97 @@ class MeanIoU:
         return prediction, reference
 
 
+def scores(confusion: Tensor) -> dict[str, float | np.ndarray]:
+    """Results of a confusion matrix as `MeanIoU` keeps it, of a dataset or of one image.
+
+    Returns:
+        `mean_iou`, `mean_accuracy` and `overall_accuracy`, fractions, NaN without any labelled pixel;
+        `per_category_iou` and `per_category_accuracy`, `(num_labels,)` float64.
+    """
+    counts = confusion.cpu().numpy().astype(np.float64)
+    intersection = counts.diagonal()[:-1]
+    label_area = counts.sum(axis=1)[:-1]
+    prediction_area = counts.sum(axis=0)[:-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        iou = intersection / (label_area + prediction_area - intersection)
+        accuracy = intersection / label_area
+        overall_accuracy = intersection.sum() / label_area.sum()
+    return {
+        "mean_iou": _mean_of_present(iou),
+        "mean_accuracy": _mean_of_present(accuracy),
+        "overall_accuracy": float(overall_accuracy),
+        "per_category_iou": iou,
+        "per_category_accuracy": accuracy,
+    }
+
+
+class EvaluateMeanIoU:
+    """The real `mean_iou` of `evaluate`, to check `MeanIoU` by. It keeps every map until the end.
+
+    Args:
+        num_labels: Number of classes.
+        ignore_index: Label of the pixels to leave out.
+        source: Name on the Hub, or path of the metric's script or of the folder with it.
+
+    Raises:
+        OSError: If the metric cannot be had.
+        ValueError: If there are more classes than the metric's 8-bit images hold.
+    """
+
+    def __init__(self, num_labels: int, ignore_index: int = 255, source: str = "mean_iou"):
+        import evaluate
+
+        if num_labels > 256:
+            raise ValueError(f"Got {num_labels} classes, needed at most 256: evaluate's mean_iou keeps 8-bit images.")
+
+        advice = (
+            "pass the path of a copy of metrics/mean_iou/mean_iou.py of huggingface/evaluate, or compute without it"
+        )
+        if source != "mean_iou" and not Path(source).exists():
+            raise FileNotFoundError(f"Got the metric script {source}, which does not exist; {advice}.")
+        try:
+            # Runs at the same time must not share a file of maps.
+            self.metric = evaluate.load(source, experiment_id=uuid.uuid4().hex)
+        except (OSError, ImportError, SyntaxError) as error:
+            raise OSError(f"The metric {source} of evaluate cannot be loaded; {advice}: {error}") from error
+        self.arguments = {"num_labels": num_labels, "ignore_index": ignore_index, "reduce_labels": False}
+
+    def add(self, prediction: Tensor, reference: Tensor) -> None:
+        """Hand over the maps of one image, `(height, width)` integers of 0 to 255, on any device."""
+        maps = (each.to("cpu", torch.uint8).numpy() for each in (prediction, reference))
+        self.metric.add_batch(**{name: [each] for name, each in zip(("predictions", "references"), maps, strict=True)})
+
+    def compute(self) -> dict[str, float | np.ndarray]:
+        """Results as of `scores`."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.metric.compute(**self.arguments)
+
+
+def largest_difference(results: dict, others: dict) -> float:
+    """Over all numbers of two results of `scores`; infinite where one is NaN (or None) and the other is not."""
+    differences = [0.0]
+    for key, values in results.items():
+        ours, theirs = (np.atleast_1d(np.asarray(each, dtype=np.float64)) for each in (values, others[key]))
+        if (np.isnan(ours) != np.isnan(theirs)).any():
+            return math.inf
+        differences.append(float(np.nanmax(np.abs(ours - theirs), initial=0.0)))
+    return max(differences)
+
+
+def _distinct_pairs(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of values that occur at one place of two uint8 tensors, int64, and how often each does."""
+    counts = torch.bincount((first.int() * 256 + second).flatten(), minlength=256 * 256)
+    pairs = counts.nonzero().squeeze(1)
+    return pairs // 256, pairs % 256, counts[pairs]
+
+
 def _to_map(ids) -> Tensor:
     if isinstance(ids, Tensor):
         return ids.detach()
     array = np.asarray(ids)
     # torch has few operations on unsigned 16- to 64-bit numbers.
-    return torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "ui" else array)
+    widen = array.dtype.kind in "ui" and array.dtype != np.uint8
+    return torch.from_numpy(array.astype(np.int64) if widen else array)
 
 
 def _mean_of_present(values: np.ndarray) -> float:

@@ -6,8 +6,11 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from depict_hf.configuration_depict import DECODER_TYPES, ENCODER_PRESETS
+
+from .imagefolder import read_class_names
 
 _CHOICES = {
     "decoder_type": DECODER_TYPES,
@@ -34,11 +37,15 @@ class Recipe:
         cache_features: Whether a frozen encoder computes its outputs once, on whole images of `size` and on their
             mirror images; training squares are then cut from those outputs, without random scale and colours.
         decoder_type: One of `DepictConfig`'s.
-        class_names: In the order of their ids.
+        class_names: In the order of their ids; on the command line also a `.json` or `.txt` file of them.
         image_column: Of the dataset; found by its usual name if None.
         label_column: Of the dataset; found by its usual name if None.
         reduce_labels: Whether label 0 of the dataset is ignored and the others go down by one.
-        train_split, validation_split, test_split: Names of the splits.
+        train_split, validation_split, test_split: Names of the splits, or parts of them such as "train[:80%]".
+        skip_unreadable: Whether images that cannot be decoded are left out instead of refused.
+        streaming: Whether the training split is read on the way, in the order of its files and of a buffer.
+        shuffle_buffer: In a stream, images among which the next one is chosen.
+        num_train_images: In a stream, images of the training split; as the dataset says if None.
         image_mean, image_std: Of each channel, for values in 0 to 1.
         size: Pixels of the shorter side, in evaluation and, at ratio 1, in training.
         long_side_factor: In training, the longer side is at most this times `size` at ratio 1.
@@ -96,6 +103,10 @@ class Recipe:
     train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
+    skip_unreadable: bool = False
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    num_train_images: int | None = None
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     long_side_factor: float = 4.0
@@ -132,6 +143,10 @@ class Recipe:
                 raise ValueError(f"Got {name}={getattr(self, name)}, needed at least 1.")
         if self.cache_features and not self.freeze_encoder:
             raise ValueError("Got cache_features=True with freeze_encoder=False; freeze the encoder or do not cache.")
+        if self.streaming and (self.cache_features or self.class_balance):
+            raise ValueError("Got streaming with cache_features or class_balance, which read all images at the start.")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"Got shuffle_buffer={self.shuffle_buffer}, needed at least 1 image.")
         if self.encoder not in (None, *ENCODER_PRESETS):
             raise ValueError(f"Got encoder={self.encoder!r}, needed none or one of {', '.join(ENCODER_PRESETS)}.")
         for name in ("frozen_encoder_blocks", "class_balance", "focal_gamma", "dice_weight"):
@@ -193,7 +208,10 @@ class Recipe:
                 raise ValueError(f"Got {assignment!r}, needed field=value.")
             if name not in hints or name == "name":
                 raise ValueError(f"Unknown recipe field {name!r}{nearest_name(name, hints)}.")
-            changes[name] = _parse(name, text, hints[name])
+            if name == "class_names" and Path(text).suffix in (".json", ".txt"):
+                changes[name] = read_class_names(Path(text))
+            else:
+                changes[name] = _parse(name, text, hints[name])
         return dataclasses.replace(self, **changes)
 
 

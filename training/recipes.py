@@ -99,6 +99,7 @@ def _paper(name: str, decoder_type: str, encoder: str, dataset: str, **fields) -
         final_learning_rate=1e-5,
         window_size=crop_size,
         final_window_stride=crop_size - 32,
+        test_split="validation",  # the test labels of all three datasets are withheld
         num_workers=10,
         **fields,
     )

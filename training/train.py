@@ -12,9 +12,11 @@ from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 
 from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf.configuration_depict import published_decoder_fields
 from depict_hf.conversion import load_encoder, read_weights
 
 from .augmentation import TrainingAugmentation
+from .checks import describe_classes, label_encoding, open_samples, print_once
 from .data import (
     EvaluationDataset,
     SegmentationDataset,
@@ -29,6 +31,7 @@ from .losses import RecipeLoss, balanced_weights
 from .optimization import freeze_encoder_blocks
 from .recipe import Recipe
 from .recipes import get_recipe
+from .streaming import StreamingDataset, check_stream, count_images
 from .trainer import SegmentationTrainer
 
 
@@ -49,9 +52,9 @@ def build_model(recipe: Recipe) -> DepictForSemanticSegmentation:
     if recipe.start_from is not None:
         model = DepictForSemanticSegmentation.from_pretrained(recipe.start_from, dtype=torch.float32, **fields)
     elif recipe.encoder is None:
-        model = DepictForSemanticSegmentation(
-            DepictConfig(backbone_config=AutoConfig.from_pretrained(recipe.backbone), **fields)
-        )
+        backbone_config = AutoConfig.from_pretrained(recipe.backbone)
+        fields |= published_decoder_fields(recipe.decoder_type, backbone_config.hidden_size)
+        model = DepictForSemanticSegmentation(DepictConfig(backbone_config=backbone_config, **fields))
         load_backbone(model, recipe.backbone)
     else:
         fields |= {"image_size": recipe.crop_size, "drop_path_rate": recipe.drop_path_rate}
@@ -92,17 +95,20 @@ def build_image_processor(recipe: Recipe) -> DepictImageProcessor:
 
 
 def build_samples(recipe: Recipe, splits, name: str) -> SegmentationDataset:
-    """Photographs and label maps of one split, at their own size.
+    """Photographs and label maps of one split, at their own size, after all have been read once.
 
     Raises:
-        ValueError: If the split does not exist, or its columns are neither given nor found.
+        ValueError: If the split does not exist, its columns are neither given nor found, or images are at fault.
     """
-    return SegmentationDataset(
-        get_split(splits, name),
-        len(recipe.class_names),
+    return open_samples(
+        splits,
+        name,
+        recipe.class_names,
         recipe.image_column,
         recipe.label_column,
         recipe.reduce_labels,
+        recipe.skip_unreadable,
+        recipe.num_workers,
     )
 
 
@@ -115,16 +121,20 @@ def build_trainer(recipe: Recipe, splits, output: Path) -> tuple[SegmentationTra
     set_seed(recipe.seed)
     image_processor = build_image_processor(recipe)
     model = build_model(recipe)
-    training_samples = build_samples(recipe, splits, recipe.train_split)
+    training_samples = None if recipe.streaming else build_samples(recipe, splits, recipe.train_split)
     validation_samples = build_samples(recipe, splits, recipe.validation_split)
-    arguments = training_arguments(recipe, output, len(training_samples))
+    num_images = count_training_images(recipe, splits) if recipe.streaming else len(training_samples)
+    arguments = training_arguments(recipe, output, num_images)
     if recipe.cache_features:
         encoding = (image_processor, output / "features")
         autocast = recipe.precision == "bf16"
         training = FeatureDataset(model, training_samples, *encoding, recipe.crop_size, recipe.seed, autocast)
         validation = FeatureDataset(model, validation_samples, *encoding, autocast=autocast)
     else:
-        training = TrainingDataset(training_samples, build_augmentation(recipe), recipe.seed)
+        if recipe.streaming:
+            training = build_stream(recipe, splits, num_images, arguments)
+        else:
+            training = TrainingDataset(training_samples, build_augmentation(recipe), recipe.seed)
         validation = EvaluationDataset(validation_samples, image_processor)
     trainer = SegmentationTrainer(
         recipe,
@@ -136,6 +146,56 @@ def build_trainer(recipe: Recipe, splits, output: Path) -> tuple[SegmentationTra
         processing_class=image_processor,
     )
     return trainer, model
+
+
+def check_data(recipe: Recipe, splits) -> None:
+    """Read what is trained and evaluated on, a stream's first images only, before anything else is done.
+
+    Raises:
+        ValueError: If splits, columns, class names, images or label maps are at fault; the message has all faults.
+    """
+    print_once(describe_classes(splits, recipe.class_names))
+    faults = []
+    for name in dict.fromkeys((recipe.train_split, recipe.validation_split, recipe.test_split)):
+        try:
+            if recipe.streaming and name == recipe.train_split:
+                encoding = label_encoding(splits, recipe.class_names, recipe.reduce_labels)
+                columns = (recipe.image_column, recipe.label_column)
+                check_stream(get_split(splits, name), encoding, *columns, recipe.skip_unreadable)
+            else:
+                build_samples(recipe, splits, name)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(dict.fromkeys(faults)))
+
+
+def count_training_images(recipe: Recipe, splits) -> int:
+    """Images of the streamed training split.
+
+    Raises:
+        ValueError: If neither the recipe nor the dataset says.
+    """
+    return count_images(get_split(splits, recipe.train_split), recipe.train_split, recipe.num_train_images)
+
+
+def build_stream(recipe: Recipe, splits, num_images: int, arguments: TrainingArguments) -> StreamingDataset:
+    """This process's part of the streamed training split."""
+    images_per_step = recipe.batch_size // arguments.world_size
+    return StreamingDataset(
+        get_split(splits, recipe.train_split),
+        label_encoding(splits, recipe.class_names, recipe.reduce_labels),
+        build_augmentation(recipe),
+        recipe.seed,
+        images_per_epoch=recipe.steps_per_epoch(num_images) * images_per_step,
+        batch_size=arguments.per_device_train_batch_size,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        shuffle_buffer=recipe.shuffle_buffer,
+        process_index=arguments.process_index,
+        num_processes=arguments.world_size,
+        skip_unreadable=recipe.skip_unreadable,
+    )
 
 
 def build_augmentation(recipe: Recipe) -> TrainingAugmentation:
@@ -196,7 +256,7 @@ def training_arguments(recipe: Recipe, output: Path, num_images: int) -> Trainin
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
     parser.add_argument("recipe", help="a function of training.recipes")
-    parser.add_argument("dataset", help="Hub name, or local folder laid out like a Hub dataset")
+    parser.add_argument("dataset", help="Hub name, or local folder (see training.data.load_dataset_splits)")
     parser.add_argument("output", type=Path, help="folder for checkpoints, records and the trained model")
     parser.add_argument("--backbone", help="path or Hub name of the encoder; the recipe's own if omitted")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT, if any")
@@ -209,7 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.backbone is not None:
             recipe = dataclasses.replace(recipe, backbone=arguments.backbone)
         checkpoint = find_checkpoint(arguments.output, arguments.resume)
-        splits = load_dataset_splits(arguments.dataset)
+        splits = load_dataset_splits(arguments.dataset, recipe.streaming)
+        check_data(recipe, splits)
         test = build_samples(recipe, splits, recipe.test_split)
         trainer, model = build_trainer(recipe, splits, arguments.output)
     except (OSError, ValueError) as error:
@@ -217,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if trainer.is_world_process_zero():
         record = {"recipe": dataclasses.asdict(recipe), "dataset": arguments.dataset, "environment": environment()}
+        record["left_out"] = [name for samples in splits.opened.values() for name in samples.left_out]
         write_json(record, arguments.output / "recipe.json")
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():

@@ -16,6 +16,7 @@ from .losses import RecipeLoss
 from .metrics import MeanIoU
 from .optimization import create_optimizer, create_scheduler, parameter_groups
 from .recipe import Recipe
+from .streaming import StreamingDataset
 
 
 class SegmentationTrainer(transformers.Trainer):
@@ -56,6 +57,11 @@ class SegmentationTrainer(transformers.Trainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         return self.loss(model(**inputs).logits, labels)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, StreamingDataset):
+            return self.train_dataset.loader(self.args.dataloader_num_workers, self.args.dataloader_pin_memory)
+        return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """One image at a time; every process reads its own share, none twice."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from training.metrics import MeanIoU
+from training.metrics import EvaluateMeanIoU, MeanIoU, largest_difference, scores
 
 FIXTURE = Path(__file__).parents[1] / "data" / "mean_iou.safetensors"
 KEYS = {"mean_iou", "mean_accuracy", "overall_accuracy", "per_category_iou", "per_category_accuracy"}
@@ -123,3 +123,27 @@ def test_refuses_maps_that_do_not_fit(predictions, references, message):
 def test_refuses_no_classes():
     with pytest.raises(ValueError, match="num_labels=0"):
         MeanIoU(0)
+
+
+def test_one_images_counts_are_its_own():
+    """Two of four labelled pixels of class 0 are right, one is called 1, one has an id that is no class."""
+    metric = MeanIoU(2)
+    counts = metric.count(torch.tensor([[0, 0, 1, 9, 1]]), torch.tensor([[0, 0, 0, 0, 255]]))
+    assert counts.tolist() == [[2, 1, 1], [0, 0, 0], [0, 0, 0]]
+    assert metric.confusion.sum() == 0
+    metric.add(counts)
+    metric.add(counts)
+    assert metric.confusion.sum() == 8
+    assert scores(counts)["mean_iou"] == metric.compute()["mean_iou"] == 0.25
+
+
+def test_largest_difference_is_over_all_numbers():
+    ours = {"mean_iou": 0.5, "per_category_iou": [None, 0.25, 0.75]}
+    theirs = {"mean_iou": 0.5, "per_category_iou": np.array([np.nan, 0.25, 0.5])}
+    assert largest_difference(ours, theirs) == 0.25
+    assert largest_difference(ours, theirs | {"per_category_iou": np.array([0.1, 0.25, 0.75])}) == float("inf")
+
+
+def test_the_real_metric_needs_8_bits():
+    with pytest.raises(ValueError, match="300 classes, needed at most 256"):
+        EvaluateMeanIoU(300)

@@ -1,0 +1,261 @@
+"""Photographs of a split segmented at full resolution and compared with their label maps, by one or many processes."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf.inference import segment
+
+from .augmentation import IGNORE_INDEX
+from .corruptions import Corruption
+from .data import SegmentationDataset
+from .measurement import peak_resident_bytes, wait_for
+from .metrics import MeanIoU, scores
+from .records import environment
+
+METRIC_DEFINITION = "pixels counted over the whole split; classes that occur nowhere are left out of the means"
+Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What decides the figures, beside model and data.
+
+    Args:
+        scales, flip: As for `depict_hf.inference.segment`.
+        autocast: Type to compute in where PyTorch's mixed precision deems it safe; None computes in the model's own.
+        corruption: Applied to the photographs.
+        max_images: Evaluate at most so many, evenly spaced over the split.
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    autocast: torch.dtype | None = None
+    corruption: Corruption | None = None
+    max_images: int | None = None
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the figures are computed, which does not change them.
+
+    Args:
+        batch_size_images: Photographs that are segmented together.
+        num_workers: Processes that read and decode; with 0, the evaluating process does.
+        state: Of the processes that share the images; None evaluates all of them in this one.
+    """
+
+    batch_size_images: int = 4
+    num_workers: int = 0
+    state: PartialState | None = None
+
+
+def evaluate(
+    model: DepictForSemanticSegmentation,
+    image_processor: DepictImageProcessor,
+    samples: SegmentationDataset,
+    protocol: Protocol = Protocol(),
+    execution: Execution = Execution(),
+    observers: Sequence[Observer] = (),
+) -> dict:
+    """Segment every photograph at its own size and compare with its label map.
+
+    Args:
+        model: In evaluation mode, on any device; the metric is counted there too.
+        image_processor: Prepares the photographs.
+        samples: Photographs and label maps at full resolution.
+        observers: Called with every image of this process: index in the split, image uint8 `(3, height, width)`, label
+            map and prediction `(height, width)`, and its confusion matrix as of `MeanIoU.count`.
+
+    Returns:
+        A record ready for JSON, the same in all processes: metric and its definition, per-class fractions by name (None
+        where a class occurs nowhere), protocol, precision, image count and names of images left out, speed and memory
+        of `_costs`, and `environment()` as it was at the start.
+
+    Raises:
+        ValueError: If the model and the data differ in their number of classes, or an image cannot be read.
+    """
+    started_in = environment()
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if samples.num_labels != len(names):
+        raise ValueError(
+            f"The model has {len(names)} classes and the data {samples.num_labels}, needed the same number."
+        )
+    indices = spread(len(samples), protocol.max_images)
+    confusion, costs = _count(model, image_processor, samples, indices, protocol, execution, observers)
+    results = scores(confusion)
+    precision = str(model.dtype).removeprefix("torch.")
+    if protocol.autocast is not None:
+        precision = f"{precision} weights, {str(protocol.autocast).removeprefix('torch.')} autocast"
+    return {
+        "metric": "mean IoU",
+        "metric_definition": METRIC_DEFINITION,
+        **{name: _number(results[name]) for name in ("mean_iou", "mean_accuracy", "overall_accuracy")},
+        "per_class_iou": _by_name(names, results["per_category_iou"]),
+        "per_class_accuracy": _by_name(names, results["per_category_accuracy"]),
+        "protocol": {
+            "size": {key: value for key, value in dict(image_processor.size).items() if value is not None},
+            "window_size": model.config.window_size,
+            "window_stride": model.config.window_stride,
+            "scales": list(protocol.scales),
+            "flip": protocol.flip,
+            "corruption": str(protocol.corruption) if protocol.corruption else None,
+            "resolution": "each photograph's own",
+        },
+        "precision": precision,
+        "device": str(model.device),
+        "num_images": len(indices),
+        "left_out": list(samples.left_out),
+        **costs,
+        "environment": started_in,
+    }
+
+
+def _count(
+    model: DepictForSemanticSegmentation,
+    image_processor: DepictImageProcessor,
+    samples: SegmentationDataset,
+    indices: Sequence[int],
+    protocol: Protocol,
+    execution: Execution,
+    observers: Sequence[Observer],
+) -> tuple[Tensor, dict]:
+    """Confusion matrix over the images of all processes, and what `_costs` says of the run."""
+    state, device = execution.state, model.device
+    rank, num_processes = (0, 1) if state is None else (state.process_index, state.num_processes)
+    loader = DataLoader(
+        _Photographs(samples, protocol.corruption),
+        execution.batch_size_images,
+        sampler=indices[rank::num_processes],
+        num_workers=execution.num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # so that evaluating does not move the global one
+    )
+    metric = MeanIoU(samples.num_labels, IGNORE_INDEX)
+    autocast = torch.autocast(device.type, protocol.autocast, enabled=protocol.autocast is not None)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    model_seconds = metric_seconds = 0.0
+    start = time.perf_counter()
+    for batch in tqdm(loader, desc="Evaluation", disable=rank > 0 or not sys.stderr.isatty()):
+        for item in batch:
+            if isinstance(item, ValueError):
+                raise item
+        begin = time.perf_counter()
+        photos = [image.permute(1, 2, 0).numpy() for _, image, _ in batch]
+        with autocast:
+            predictions = segment(model, image_processor, photos, protocol.scales, protocol.flip)
+        wait_for(device)
+        segmented = time.perf_counter()
+        pairs = [
+            (prediction.to(labels.dtype).to(device), labels.to(device))
+            for prediction, (_, _, labels) in zip(predictions, batch, strict=True)
+        ]
+        counts = [metric.count(*pair) for pair in pairs]
+        for each in counts:
+            metric.add(each)
+        wait_for(device)
+        counted = time.perf_counter()
+        model_seconds, metric_seconds = model_seconds + segmented - begin, metric_seconds + counted - segmented
+        for (index, image, _), (prediction, labels), each in zip(batch, pairs, counts, strict=True):
+            for observe in observers:
+                observe(index, image, labels, prediction, each)
+    measured = {
+        "images": len(indices[rank::num_processes]),
+        "seconds": time.perf_counter() - start,
+        "model_seconds": model_seconds,
+        "metric_seconds": metric_seconds,
+        "resident": peak_resident_bytes(),
+        "cuda": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+    confusion = metric.confusion.to(device)
+    if num_processes == 1:
+        return confusion, _costs([measured])
+    return reduce(confusion, "sum"), _costs(gather_object([measured]))
+
+
+class _Photographs(Dataset):
+    """Index, photograph `(3, height, width)` uint8 and label map, small enough to be handed over by a worker.
+
+    Where an image cannot be read, the item is the error: raised in a worker, it would arrive with the worker's stack.
+    """
+
+    def __init__(self, samples: SegmentationDataset, corruption: Corruption | None):
+        self.samples = samples
+        self.corruption = corruption
+        self.label_dtype = torch.uint8 if samples.num_labels <= IGNORE_INDEX else torch.long
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor] | ValueError:
+        try:
+            sample = self.samples[index]
+        except ValueError as error:
+            return error
+        image = sample["image"] if self.corruption is None else self.corruption(sample["image"], index)
+        return index, image, sample["labels"].to(self.label_dtype)
+
+
+def _costs(measured: Sequence[dict]) -> dict:
+    """Speed and memory of the processes together.
+
+    Returns:
+        `num_processes`; `images_per_second` of the whole loop, reading included, and `images_per_second_model_alone`,
+        from photograph to label map; `metric_share`, the metric's own share of the time, a fraction;
+        `peak_memory_bytes`, of the process with most: `resident` since it began (without its workers), `cuda` what
+        tensors occupied during the run. What cannot be had, or is not defined for lack of images, is None.
+    """
+    images = sum(each["images"] for each in measured)
+    model_rates = [each["images"] / each["model_seconds"] for each in measured if each["images"]]
+    seconds = [each["seconds"] for each in measured]
+    return {
+        "num_processes": len(measured),
+        "images_per_second": images / max(seconds),
+        "images_per_second_model_alone": sum(model_rates) if model_rates else None,
+        "metric_share": sum(each["metric_seconds"] for each in measured) / sum(seconds),
+        "peak_memory_bytes": {
+            kind: max((each[kind] for each in measured if each[kind] is not None), default=None)
+            for kind in ("resident", "cuda")
+        },
+    }
+
+
+def spread(count: int, at_most: int | None) -> list[int]:
+    """Indices from 0 to `count - 1`: all, or so many at even distances from the first on.
+
+    Raises:
+        ValueError: If `at_most` is not positive.
+    """
+    if at_most is not None and at_most < 1:
+        raise ValueError(f"Got at most {at_most} images, needed at least 1.")
+    kept = count if at_most is None else min(count, at_most)
+    return [position * count // kept for position in range(kept)]
+
+
+def under_corruption(record: dict, corruption: Corruption, clean: dict) -> dict:
+    """What a record says of a corruption, beside the `clean` one of the same model and protocol.
+
+    Returns:
+        Name and severity, `mean_iou`, `mean_accuracy`, `overall_accuracy`, `per_class_iou`, and `retention`: mean IoU
+        as a fraction of the clean one (None where that is 0 or nothing is labelled).
+    """
+    figures = {name: record[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy", "per_class_iou")}
+    retention = record["mean_iou"] / clean["mean_iou"] if clean["mean_iou"] else None
+    return {"corruption": corruption.name, "severity": corruption.severity, **figures, "retention": retention}
+
+
+def _by_name(names: list[str], values) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in zip(names, values.tolist(), strict=True)}
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value

@@ -1,0 +1,122 @@
+"""A user's own photographs and label maps: `metadata.jsonl` beside them, and names of their classes in a file.
+
+Each line of `metadata.jsonl` (or row of `metadata.csv`) names the files of one photograph and its label map, relative
+to itself: `{"file_name": "photos/1.jpg", "label_file_name": "maps/1.png"}`. There is one such file in each of the
+folders `train`, `validation` and `test`, or a single one whose paths may begin with those folders.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+CLASS_FILES = ("id2label.json", "classes.txt")
+# What `datasets` takes for the names of splits, too.
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+def find_metadata(folder: Path) -> list[Path]:
+    """Its metadata files, unless its README says itself where its data are."""
+    if _readme_has_configs(folder / "README.md"):
+        return []
+    return sorted(path for name in METADATA for path in folder.rglob(name))
+
+
+def load_imagefolder(folder: Path, metadata: list[Path], streaming: bool = False):
+    """Splits by name, as the folders say in which `metadata` or the photographs are.
+
+    `datasets` finds splits by words in any file name, and then may leave out a metadata file without telling; here
+    only folders count.
+
+    Raises:
+        ValueError: If there are metadata files beside and inside the folders of splits, or paths that begin with such
+            a folder and others that do not.
+    """
+    parts = {path.relative_to(folder).parts[0] for path in metadata if path.parent != folder}
+    if not parts:
+        splits = _load(folder, {"train": ["**"]}, streaming)
+        return splits if streaming else _split_by_folder(folder, splits["train"])
+    if any(path.parent == folder for path in metadata):
+        raise ValueError(
+            f"Found metadata in {folder} and in its folders {', '.join(sorted(parts))}; keep either the one file or "
+            "one in the folder of each split."
+        )
+    names = {part: SPLIT_NAMES.get(part.lower(), part) for part in sorted(parts)}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"Found the folders {', '.join(names)} in {folder}, two of which name the same split.")
+    return _load(folder, {split: [f"{part}/**"] for part, split in names.items()}, streaming)
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Names of classes, in the order of their ids: a JSON object from id to name or list, or one name a line.
+
+    Raises:
+        ValueError: If ids are not 0, 1, 2, ... without a gap, or there is no name.
+    """
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        names = json.loads(text)
+        if isinstance(names, dict):
+            by_id = {int(index): name for index, name in names.items()}
+            if sorted(by_id) != list(range(len(by_id))):
+                raise ValueError(f"{path} has the ids {sorted(by_id)[:10]} ...; number classes from 0 without a gap.")
+            names = [by_id[index] for index in range(len(by_id))]
+    else:
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} has no names of classes; needed is one for each id, as text.")
+    return tuple(names)
+
+
+def find_class_names(folder: Path) -> tuple[str, ...] | None:
+    """Those in `id2label.json` or `classes.txt` of a folder; None where there is no such file.
+
+    Raises:
+        ValueError: If there are both, and they differ.
+    """
+    found = {name: read_class_names(folder / name) for name in CLASS_FILES if (folder / name).is_file()}
+    if len(set(found.values())) > 1:
+        raise ValueError(f"{' and '.join(found)} in {folder} name different classes; remove one of them.")
+    return next(iter(found.values()), None)
+
+
+def _load(folder: Path, data_files: dict[str, list[str]], streaming: bool):
+    return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=data_files, streaming=streaming)
+
+
+def _split_by_folder(folder: Path, dataset: datasets.Dataset) -> dict[str, datasets.Dataset]:
+    """All in "train", unless the paths of photographs begin with the names of splits."""
+    column = next(name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image))
+    encoded = pa.chunked_array(dataset.with_format("arrow")[column][:])
+    paths = pc.struct_field(encoded, "path").to_pylist()
+    firsts = [os.path.relpath(path, folder.resolve()).split(os.sep)[0] for path in paths]
+    names = [SPLIT_NAMES.get(first.lower()) for first in firsts]
+    if not any(names):
+        return {"train": dataset}
+    if not all(names):
+        raise ValueError(
+            f"In {folder}, {names.count(None)} of {len(names)} paths do not begin with the name of a split, as "
+            f"{paths[names.index(None)]}, and others do; put all photographs in folders of splits, or none."
+        )
+    return {
+        split: dataset.select([index for index, name in enumerate(names) if name == split])
+        for split in dict.fromkeys(names)
+    }
+
+
+def _readme_has_configs(readme: Path) -> bool:
+    """Whether the YAML at its beginning has `configs`."""
+    if not readme.is_file():
+        return False
+    parts = readme.read_text(encoding="utf-8").split("---\n", 2)
+    header = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    return isinstance(header, dict) and "configs" in header

@@ -1,0 +1,153 @@
+"""One photograph and its label map out of their files, and the classes that the ids in a label map mean."""
+
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from depict_hf import DepictImageProcessor
+
+from .augmentation import IGNORE_INDEX
+
+# What decoders raise on damaged, empty or missing files.
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_FEATURE = datasets.Image()
+_DECODER = DepictImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
+
+
+class UnreadableImageError(ValueError):
+    """A photograph or label map whose file is missing, damaged or no image."""
+
+
+@dataclass(frozen=True)
+class LabelEncoding:
+    """The class that each id in a label map means.
+
+    Args:
+        classes: Of id 0, 1, 2, ..., at least 256: 255 where the id is ignored, -1 where it means nothing and is
+            refused, as all ids beyond the last are.
+    """
+
+    classes: tuple[int, ...]
+
+    @classmethod
+    def from_table(cls, table: dict[int, int]) -> "LabelEncoding":
+        """By a table from ids to classes, 255 for ignored ones; 255 itself is ignored in any case."""
+        table = table | {IGNORE_INDEX: IGNORE_INDEX}
+        return cls(tuple(table.get(index, -1) for index in range(max(table) + 1)))
+
+    @classmethod
+    def counted(cls, num_labels: int, reduce_labels: bool = False) -> "LabelEncoding":
+        """Ids are the classes; with `reduce_labels` they are the classes plus one, and 0 is ignored."""
+        if reduce_labels:
+            return cls.from_table({0: IGNORE_INDEX} | {index + 1: index for index in range(num_labels)})
+        return cls.from_table({index: index for index in range(num_labels)})
+
+    def decode(self, ids: np.ndarray) -> Tensor:
+        """Classes of an array of ids, int64.
+
+        Raises:
+            ValueError: If an id means nothing; the message says which, and those that do.
+        """
+        lookup = np.array([*self.classes, -1])
+        if ids.dtype == np.uint8:
+            classes = lookup.take(ids)
+        else:
+            classes = lookup.take(np.where((ids >= 0) & (ids < len(self.classes)), ids, len(self.classes)))
+        if classes.min() < 0:
+            wrong = np.unique(ids[classes < 0])[:10].tolist()
+            raise ValueError(f"Got label ids {wrong}, needed {self}; check the class names and reduce_labels.")
+        return torch.from_numpy(classes)
+
+    def __str__(self) -> str:
+        ignored = [index for index, each in enumerate(self.classes) if each == IGNORE_INDEX]
+        meant = [index for index, each in enumerate(self.classes) if each not in (IGNORE_INDEX, -1)]
+        return f"{_ranges(meant)}, or {_ranges(ignored)} (ignored)"
+
+
+def read_image(encoded: dict) -> Image.Image:
+    """Decode one image of a dataset, turned as its EXIF orientation says.
+
+    Args:
+        encoded: Its `path` and `bytes`, as a column of `datasets.Image(decode=False)` has them.
+
+    Raises:
+        UnreadableImageError: If it cannot be decoded.
+    """
+    try:
+        if encoded is None:
+            raise ValueError("the dataset has none here")
+        return _FEATURE.decode_example(encoded)
+    except _DECODING_ERRORS as error:
+        raise UnreadableImageError(_reason(encoded, error)) from error
+
+
+def read_pair(encoded_image: dict, encoded_labels: dict, encoding: LabelEncoding) -> tuple[Tensor, Tensor]:
+    """Decode a photograph and its label map by the rules of `DepictImageProcessor` (palettes count by index).
+
+    Returns:
+        The photograph, uint8 `(3, height, width)`, and classes, int64 `(height, width)`, 255 where ignored.
+
+    Raises:
+        UnreadableImageError: If one of them cannot be decoded.
+        ValueError: If the map does not fit the photograph, is no map of ids, or has ids that mean nothing.
+    """
+    images = []
+    for kind, encoded in (("photograph", encoded_image), ("label map", encoded_labels)):
+        try:
+            images.append(read_image(encoded))
+        except UnreadableImageError as error:
+            raise UnreadableImageError(f"{kind} {name_of(encoded) or '(no name)'}: {error}") from error
+    image, labels = images
+    if labels.format == "JPEG":
+        raise ValueError("Got a label map saved as JPEG, which changes ids; needed is PNG or another lossless format.")
+    if image.mode == "RGB" and labels.mode in ("L", "P") and image.size == labels.size:
+        # The processor's results for the usual modes, without its work for all others.
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), encoding.decode(np.array(labels))
+    decoded = _DECODER(image, segmentation_maps=labels)
+    return decoded["pixel_values"][0], encoding.decode(decoded["labels"][0].numpy())
+
+
+def name_of(encoded: dict | None) -> str | None:
+    """Path of an image of a dataset, or its name where the image itself is in the dataset; None where it has none."""
+    return None if encoded is None else encoded["path"]
+
+
+def _reason(encoded: dict | None, error: Exception) -> str:
+    """Why an image cannot be decoded, in a few words without its name."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, UnidentifiedImageError):
+        data = encoded["bytes"]
+        empty = data == b"" or (
+            data is None and os.path.isfile(encoded["path"]) and not os.path.getsize(encoded["path"])
+        )
+        return "the file is empty" if empty else "no image of a known format"
+    return str(error) or type(error).__name__
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Increasing numbers in few words: "0 to 4 and 7"."""
+    parts = []
+    for index, number in enumerate(numbers):
+        if index and number == numbers[index - 1] + 1:
+            parts[-1] = (parts[-1][0], number)
+        else:
+            parts.append((number, number))
+    return " and ".join(str(first) if first == last else f"{first} to {last}" for first, last in parts)

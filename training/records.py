@@ -1,0 +1,56 @@
+"""Records of evaluations: what they ran on, as a table, as JSON."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+
+
+def environment() -> dict[str, str | int | None]:
+    """Versions, commit of the code (None outside a checkout; "+" marks uncommitted changes) and hardware."""
+    return {
+        "commit": git_commit(Path(__file__).parent),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "datasets": datasets.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_threads": torch.get_num_threads(),
+    }
+
+
+def git_commit(folder: Path) -> str | None:
+    """Hash of the commit checked out around `folder`, with "+" where tracked files were changed; None without git."""
+    try:
+        outputs = [
+            subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return outputs[0].strip() + ("+" if outputs[1].strip() else "")
+
+
+def render_table(record: dict) -> str:
+    """Per-class IoU and accuracy of a record of `evaluate`, in percent."""
+    width = max(len(name) for name in [*record["per_class_iou"], "overall accuracy"])
+    lines = [f"{'class':{width}}  {'IoU':>6}  {'acc.':>6}"]
+    for name, iou in record["per_class_iou"].items():
+        lines.append(f"{name:{width}}  {percent(iou)}  {percent(record['per_class_accuracy'][name])}")
+    lines.append(f"{'mean':{width}}  {percent(record['mean_iou'])}  {percent(record['mean_accuracy'])}")
+    lines.append(f"{'overall accuracy':{width}}  {'':6}  {percent(record['overall_accuracy'])}")
+    return "\n".join(lines)
+
+
+def percent(fraction: float | None) -> str:
+    """Six characters; "-" for None."""
+    return f"{'-':>6}" if fraction is None else f"{100 * fraction:6.2f}"
+
+
+def write_json(record: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")

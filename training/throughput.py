@@ -1,0 +1,99 @@
+"""Images a second of the training loader alone: `python -m training.throughput RECIPE DATASET [field=value ...]`.
+
+Reads, decodes and augments as training does, in `num_workers` processes, without a model. To keep GPUs fed, the figure
+times the number of training processes must exceed the images a second that they train on.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from torch.utils.data import DataLoader
+
+from .checks import label_encoding
+from .data import SegmentationDataset, TrainingDataset, get_split, load_dataset_splits
+from .recipe import Recipe
+from .recipes import get_recipe
+from .streaming import StreamingDataset
+from .train import build_augmentation, count_training_images
+
+MEASURED_SECONDS = 30.0
+
+
+def build_loader(recipe: Recipe, splits) -> DataLoader:
+    """The training loader of a single process.
+
+    Raises:
+        ValueError: If the recipe trains on cached features, or the data do not suit it.
+    """
+    if recipe.cache_features:
+        raise ValueError("The recipe trains on cached features, not on images; pass cache_features=false to time those.")
+    encoding = label_encoding(splits, recipe.class_names, recipe.reduce_labels)
+    batch_size = recipe.images_per_pass(num_processes=1)
+    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
+    split = get_split(splits, recipe.train_split)
+    if recipe.streaming:
+        images = recipe.steps_per_epoch(count_training_images(recipe, splits)) * recipe.batch_size
+        dataset = StreamingDataset(
+            split,
+            encoding,
+            build_augmentation(recipe),
+            recipe.seed,
+            images,
+            batch_size,
+            **columns,
+            shuffle_buffer=recipe.shuffle_buffer,
+            skip_unreadable=recipe.skip_unreadable,
+        )
+        return dataset.loader(recipe.num_workers)
+    samples = SegmentationDataset(split, len(recipe.class_names), **columns, encoding=encoding)
+    dataset = TrainingDataset(samples, build_augmentation(recipe), recipe.seed)
+    return DataLoader(dataset, batch_size, shuffle=True, num_workers=recipe.num_workers, drop_last=True)
+
+
+def measure(loader: DataLoader, seconds: float = MEASURED_SECONDS) -> tuple[int, float]:
+    """Images, and the seconds that they took, in passes over the loader; the first batch, which starts it, is not timed.
+
+    Args:
+        seconds: No batch is begun after so many.
+    """
+    images, elapsed = 0, 0.0
+    while elapsed < seconds:
+        start = None
+        for batch in loader:
+            now = time.perf_counter()
+            if start is None:
+                start, before = now, elapsed
+                continue
+            images += len(batch["labels"])
+            elapsed = before + now - start
+            if elapsed >= seconds:
+                break
+        if start is None or not images:
+            raise ValueError("Got a training split of fewer than two batches, which is too little to time.")
+    return images, elapsed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.throughput", description=__doc__)
+    parser.add_argument("recipe", help="a function of training.recipes")
+    parser.add_argument("dataset", help="Hub name, or local folder (see training.data.load_dataset_splits)")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the recipe")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        recipe = get_recipe(arguments.recipe).override(arguments.overrides)
+        loader = build_loader(recipe, load_dataset_splits(arguments.dataset, recipe.streaming))
+        images, seconds = measure(loader)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{images / seconds:.1f} images a second: {images} images in {seconds:.1f} s, {loader.num_workers} workers, "
+        f"batches of {loader.batch_size}, crops of {recipe.crop_size}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
