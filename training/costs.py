@@ -99,8 +99,8 @@ def _meta_model(recipe: Recipe) -> DepictForSemanticSegmentation:
     with torch.device("meta"):
         model = DepictForSemanticSegmentation(config).train()
     model.set_attn_implementation("eager")
-    pass
-    pass
+    model.encoder.requires_grad_(not recipe.freeze_encoder)
+    freeze_encoder_blocks(model, recipe.frozen_encoder_blocks)
     return model
 
 

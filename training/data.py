@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -56,10 +56,10 @@ def load_dataset_splits(name_or_path: str | Path, streaming: bool = False) -> Sp
             return Splits(datasets.load_dataset(str(name_or_path), streaming=streaming))
         return _load_folder(folder, streaming)
     except (RuntimeError, DatasetGenerationError) as error:
-        reasons = f"{error} {error.__cause__ or ''}".strip()
+        # `RuntimeError` for datasets that need a script.
+        reason = f"{error} {error.__cause__ or ''}".strip()
         raise ValueError(
-            f"{name_or_path} cannot be loaded; needed is a dataset without a script, whose metadata are complete: "
-            f"{reasons}"
+            f"{name_or_path} cannot be loaded; needed are complete data and no script: {reason}"
         ) from error
 
 
@@ -286,6 +286,27 @@ def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
     """Randomness of one sample in one epoch, the same in whichever process and order samples are read."""
     state = np.random.SeedSequence([seed, epoch, index]).generate_state(1)
     return torch.Generator().manual_seed(int(state[0]))
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Indices of all samples in an order that depends on seed and epoch alone, not on processes or earlier epochs."""
+
+    def __init__(self, num_samples: int, seed: int):
+        self.num_samples = num_samples
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        # The index after the last sample: augmentation draws from those of the samples.
+        generator = sample_generator(self.seed, self.epoch, self.num_samples)
+        return iter(torch.randperm(self.num_samples, generator=generator).tolist())
 
 
 class TrainingDataset(torch.utils.data.Dataset):

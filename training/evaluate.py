@@ -1,6 +1,6 @@
 """Evaluate a model on a split at full resolution: `python -m training.evaluate MODEL DATASET [--split test] ...`.
 
-Under `accelerate launch` or `torchrun` the processes share the images; the figures are those of one process.
+Under `accelerate launch` or, on CPUs too, `torchrun`, processes share the images; the figures are those of one process.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start_processes() -> PartialState:
-    """This process among those that were launched together, on the CPU where nothing faster is there or it is asked for."""
+    """This process among those launched together, on the CPU where nothing is faster or accelerate was told so."""
     return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 

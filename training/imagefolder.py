@@ -13,6 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
+from datasets.exceptions import DatasetGenerationError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CLASS_FILES = ("id2label.json", "classes.txt")
@@ -90,7 +91,14 @@ def find_class_names(folder: Path) -> tuple[str, ...] | None:
 
 
 def _load(folder: Path, data_files: dict[str, list[str]], streaming: bool):
-    return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=data_files, streaming=streaming)
+    try:
+        return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=data_files, streaming=streaming)
+    except (ValueError, KeyError, DatasetGenerationError) as error:
+        reason = f"{error} {error.__cause__ or ''}".strip()
+        raise ValueError(
+            f"The metadata in {folder} cannot be used; needed is a file_name in each line, relative to the metadata, "
+            f"and in each file the same columns: {reason}"
+        ) from error
 
 
 def _split_by_folder(folder: Path, dataset: datasets.Dataset) -> dict[str, datasets.Dataset]:

@@ -75,7 +75,12 @@ class Recipe:
         max_grad_norm: Gradients are clipped to it; 0 for no clipping.
         precision: "float32", or "bf16" for autocast of the forward pass; the loss is float32 in both.
         seed: Of initial weights, data order and augmentation.
-        evaluate_every_epochs: Epochs between evaluations on the validation split, and between checkpoints.
+        evaluate_every_epochs: Epochs between evaluations on the validation split.
+        save_every_steps: Optimiser steps between checkpoints; a checkpoint at each evaluation if None.
+        final_size: `size` of the trained model's image processor; `size` if None.
+        gradient_checkpointing: Whether activations are computed again in the backward pass instead of kept.
+        compile: Whether the model is compiled by `torch.compile`.
+        report_to: Trackers that `Trainer` knows, separated by commas, or "none".
         num_workers: Processes that read data, per training process; 0 reads in the training process.
 
     Raises:
@@ -132,6 +137,11 @@ class Recipe:
     precision: str = "float32"
     seed: int = 0
     evaluate_every_epochs: int = 1
+    save_every_steps: int | None = None
+    final_size: int | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    report_to: str = "tensorboard"
     num_workers: int = 2
 
     def __post_init__(self):

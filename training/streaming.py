@@ -24,8 +24,9 @@ CHECKED_IMAGES = 64
 class StreamingDataset(torch.utils.data.IterableDataset):
     """Augmented crops of this process's part of a stream, as those of `TrainingDataset`.
 
-    Every epoch has the same number of images in all processes: where a part is shorter, it begins again, and where it
-    is longer, the epoch ends before it does.
+    Every epoch has the same number of images in all processes, and in all workers of each: where a part is shorter, it
+    begins again, and where it is longer, the epoch ends before it does. Parts are equal where the number of files
+    divides evenly and files are equal.
 
     Args:
         stream: Of the training split, not shuffled.

@@ -28,7 +28,7 @@ def build_loader(recipe: Recipe, splits) -> DataLoader:
         ValueError: If the recipe trains on cached features, or the data do not suit it.
     """
     if recipe.cache_features:
-        raise ValueError("The recipe trains on cached features, not on images; pass cache_features=false to time those.")
+        raise ValueError("The recipe trains on cached features; pass cache_features=false to time reading images.")
     encoding = label_encoding(splits, recipe.class_names, recipe.reduce_labels)
     batch_size = recipe.images_per_pass(num_processes=1)
     columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
@@ -53,7 +53,7 @@ def build_loader(recipe: Recipe, splits) -> DataLoader:
 
 
 def measure(loader: DataLoader, seconds: float = MEASURED_SECONDS) -> tuple[int, float]:
-    """Images, and the seconds that they took, in passes over the loader; the first batch, which starts it, is not timed.
+    """Images, and the seconds that they took, in passes over the loader, but for the first batch of each pass.
 
     Args:
         seconds: No batch is begun after so many.

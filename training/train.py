@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +10,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, TrainingArguments, set_seed
 from transformers.integrations import is_tensorboard_available
-from transformers.trainer_utils import get_last_checkpoint
 
 from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.configuration_depict import published_decoder_fields
 from depict_hf.conversion import load_encoder, read_weights
 
 from .augmentation import TrainingAugmentation
+from .checkpoints import check_same_run, find_checkpoint
 from .checks import describe_classes, label_encoding, open_samples, print_once
 from .data import (
     EvaluationDataset,
@@ -128,8 +129,9 @@ def build_trainer(recipe: Recipe, splits, output: Path) -> tuple[SegmentationTra
     if recipe.cache_features:
         encoding = (image_processor, output / "features")
         autocast = recipe.precision == "bf16"
-        training = FeatureDataset(model, training_samples, *encoding, recipe.crop_size, recipe.seed, autocast)
-        validation = FeatureDataset(model, validation_samples, *encoding, autocast=autocast)
+        with arguments.main_process_first():  # it alone computes them
+            training = FeatureDataset(model, training_samples, *encoding, recipe.crop_size, recipe.seed, autocast)
+            validation = FeatureDataset(model, validation_samples, *encoding, autocast=autocast)
     else:
         if recipe.streaming:
             training = build_stream(recipe, splits, num_images, arguments)
@@ -241,16 +243,42 @@ def training_arguments(recipe: Recipe, output: Path, num_images: int) -> Trainin
         eval_strategy="steps",
         eval_steps=steps,
         save_strategy="steps",
-        save_steps=steps,
+        save_steps=recipe.save_every_steps or steps,
         save_total_limit=2,
         logging_steps=10,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=True,  # backbones have some, such as DINOv2's mask token
         label_names=["labels"],
-        report_to="tensorboard" if is_tensorboard_available() else "none",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        torch_compile=recipe.compile,
+        report_to=trackers(recipe),
         disable_tqdm=not sys.stderr.isatty(),
     )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"Got {arguments.n_gpu} GPUs in one process, needed one process for each; start training by "
+            "`accelerate launch -m training.train ...`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
     arguments.per_device_train_batch_size = recipe.images_per_pass(arguments.world_size)
     return arguments
+
+
+def trackers(recipe: Recipe) -> list[str]:
+    """The recipe's trackers; TensorBoard is left out, with a line that says so, where it is not installed."""
+    names = [] if recipe.report_to == "none" else recipe.report_to.split(",")
+    if "tensorboard" in names and not is_tensorboard_available():
+        print_once(
+            "TensorBoard is not installed, so curves are only printed; `pip install tensorboard` has them drawn."
+        )
+        names.remove("tensorboard")
+    return names or ["none"]
+
+
+def write_run_record(record: dict, session: dict, checkpoint: str | None, path: Path) -> None:
+    """Write `record` and the sessions of the run, a new one for each start, to `path`."""
+    sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if checkpoint else []
+    session = {"resumed_from": Path(checkpoint).name if checkpoint else None, "environment": session}
+    write_json(record | {"sessions": [*sessions, session]}, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -264,11 +292,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     # Lines reach a log file as they are printed, not when a buffer is full.
     sys.stdout.reconfigure(line_buffering=True)
+    started_in = environment()
     try:
         recipe = get_recipe(arguments.recipe).override(arguments.overrides)
         if arguments.backbone is not None:
             recipe = dataclasses.replace(recipe, backbone=arguments.backbone)
         checkpoint = find_checkpoint(arguments.output, arguments.resume)
+        if checkpoint is not None:
+            check_same_run(recipe, arguments.output / "recipe.json")
         splits = load_dataset_splits(arguments.dataset, recipe.streaming)
         check_data(recipe, splits)
         test = build_samples(recipe, splits, recipe.test_split)
@@ -277,33 +308,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if trainer.is_world_process_zero():
-        record = {"recipe": dataclasses.asdict(recipe), "dataset": arguments.dataset, "environment": environment()}
+        record = {"recipe": dataclasses.asdict(recipe), "dataset": arguments.dataset}
         record["left_out"] = [name for samples in splits.opened.values() for name in samples.left_out]
-        write_json(record, arguments.output / "recipe.json")
+        write_run_record(record, started_in, checkpoint, arguments.output / "recipe.json")
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         model.config.window_stride = recipe.final_window_stride or recipe.window_stride
+        trainer.processing_class.size = {"shortest_edge": recipe.final_size or recipe.size}
         model.eval().save_pretrained(arguments.output)
         trainer.processing_class.save_pretrained(arguments.output)
         record = evaluate(model, trainer.processing_class, test)
         record |= {"model": str(arguments.output), "dataset": arguments.dataset, "split": recipe.test_split}
+        record["environment"] = started_in
         write_json(record, arguments.output / "evaluation.json")
         print(render_table(record))
     return 0
-
-
-def find_checkpoint(output: Path, resume: bool) -> str | None:
-    """Folder of the last checkpoint in `output`; None where there is none.
-
-    Raises:
-        ValueError: If there is one but the run is not to be resumed.
-    """
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if checkpoint is not None and not resume:
-        raise ValueError(
-            f"{output} holds {Path(checkpoint).name}; pass --resume to continue, or choose another folder."
-        )
-    return checkpoint
 
 
 if __name__ == "__main__":

@@ -1,22 +1,45 @@
 """A thin `Trainer` for recipes: their optimiser and loss, frozen layers, mIoU on full-resolution label maps."""
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from depict_hf.windows import resize_bilinear
 
 from .augmentation import IGNORE_INDEX
+from .checkpoints import mark_complete
+from .data import EpochSampler
 from .losses import RecipeLoss
 from .metrics import MeanIoU
 from .optimization import create_optimizer, create_scheduler, parameter_groups
 from .recipe import Recipe
 from .streaming import StreamingDataset
+
+
+class EpochSetter(transformers.TrainerCallback):
+    """Tells data and sampler which epoch begins, also one that is entered in the middle.
+
+    accelerate reaches them neither in all processes nor in all resumed epochs.
+    """
+
+    def __init__(self, dataset: Dataset, sampler: EpochSampler):
+        self.dataset = dataset
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        epoch = int(state.epoch + 1e-6)  # a sum of fractions
+        self.dataset.set_epoch(epoch)
+        self.sampler.set_epoch(epoch)
 
 
 class SegmentationTrainer(transformers.Trainer):
@@ -34,6 +57,8 @@ class SegmentationTrainer(transformers.Trainer):
         super().__init__(**kwargs)
         self.recipe = recipe
         self.loss = loss
+        self.train_sampler = EpochSampler(len(self.train_dataset), recipe.seed)
+        self.add_callback(EpochSetter(self.train_dataset, self.train_sampler))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -47,16 +72,71 @@ class SegmentationTrainer(transformers.Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args, **kwargs):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The batches of one optimiser step in this process, and the weight of all labels of the step, in all."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        weight = sum((self._label_weight(batch["labels"]) for batch in batches), torch.zeros(()))
+        return batches, self.accelerator.reduce(weight.to(device))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ):
+        """The loss of one forward pass; in training, its part of the mean over all labelled pixels of the step.
+
+        Args:
+            num_items_in_batch: Weight of the labels of the whole step; of this pass alone if None.
+        """
         # `Trainer` has just put the whole model in training mode; frozen features must not be random.
         for module in self.accelerator.unwrap_model(model).children():
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 module.eval()
+        label_weight = None
+        if num_items_in_batch is not None:
+            # `Trainer` divides what is returned by the passes of a step, and averages gradients over the processes.
+            label_weight = num_items_in_batch / (self.args.world_size * self.current_gradient_accumulation_steps)
         if self.loss is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        return self.loss(model(**inputs).logits, labels)
+            outputs = model(**inputs)
+            loss = outputs.loss
+            if label_weight is not None:
+                loss = loss * self._label_weight(inputs["labels"]) / label_weight.clamp(min=1e-6)
+        else:
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            loss = self.loss(outputs.logits, inputs["labels"], label_weight)
+        return (loss, outputs) if return_outputs else loss
+
+    def _label_weight(self, labels: Tensor) -> Tensor:
+        return (labels != IGNORE_INDEX).sum().float() if self.loss is None else self.loss.label_weight(labels)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load every weight of the checkpoint.
+
+        `Trainer` passes over weights whose names in the file are not the module's: those that `save_pretrained` gives
+        their historical names, such as DINOv2's queries, keys and values.
+        """
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        model = self.model if model is None else model
+        if isinstance(model, PreTrainedModel):
+            weights = type(model).from_pretrained(resume_from_checkpoint, dtype=torch.float32).state_dict()
+        else:
+            weights = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+        model.load_state_dict(weights)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
+        return self.train_sampler
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, StreamingDataset):

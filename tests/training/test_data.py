@@ -83,21 +83,30 @@ def test_local_folder_in_hub_layout(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "label_map",
-    [
-        Image.fromarray(IDS),
-        palette_image(IDS),
-        Image.fromarray(IDS.astype(np.uint16)),
-        Image.fromarray(np.stack([IDS] * 3, axis=-1)),
-    ],
-    ids=["8-bit", "palette", "16-bit", "rgb"],
+    ("name", "shifts"),
+    [("train", [0, 1, 2, 3, 4]), ("train[:60%]", [0, 1, 2]), ("train[60%:]", [3, 4]), ("train[1:3]", [1, 2])],
 )
-def test_every_encoding_gives_the_ids(label_map):
-    sample = SegmentationDataset(make_dataset([label_map]), 5)[0]
-    assert sample["labels"].dtype == torch.int64
+def test_splits_and_their_parts(name, shifts):
+    maps = [Image.fromarray(np.roll(IDS, shift, axis=0)) for shift in range(5)]
+    samples = SegmentationDataset(get_split({"train": make_dataset(maps)}, name), 5)
+    assert len(samples) == len(shifts)
+    for sample, shift in zip(samples, shifts, strict=True):
+        assert np.array_equal(sample["labels"], np.roll(IDS, shift, axis=0))
+
+
+def test_dataset_saved_to_disk(tmp_path):
+    datasets.DatasetDict(train=make_dataset([Image.fromarray(IDS)])).save_to_disk(tmp_path)
+    sample = SegmentationDataset(load_dataset_splits(tmp_path)["train"], 5)[0]
     assert np.array_equal(sample["labels"], IDS)
-    assert sample["image"].dtype == torch.uint8
-    assert np.array_equal(sample["image"].permute(1, 2, 0), PHOTO)
+
+
+def test_folders_that_are_no_dataset_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_dataset_splits(tmp_path / "none")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.rst").write_text("nothing")
+    with pytest.raises(ValueError, match=r"Found no dataset in .*notes; needed.*ADE20K.*metadata\.jsonl"):
+        load_dataset_splits(tmp_path / "notes")
 
 
 def test_reduced_labels_and_the_ignored_one():
@@ -113,7 +122,7 @@ def test_label_that_is_no_class_names_the_image():
     ids[3, 4], ids[5, 6] = 7, 200
     samples = SegmentationDataset(make_dataset([Image.fromarray(IDS), Image.fromarray(ids)]), 5)
     assert samples[0]["labels"].max() == 4
-    with pytest.raises(ValueError, match=r"Image 1 of split train has label ids \[7, 200\], needed 0 to 4"):
+    with pytest.raises(ValueError, match=r"Image 1 of split train: Got label ids \[7, 200\], needed 0 to 4"):
         samples[1]
 
 
@@ -122,14 +131,27 @@ def test_corrupt_image_is_named(tmp_path):
     Image.fromarray(PHOTO).save(path)
     path.write_bytes(path.read_bytes()[:200])
     samples = SegmentationDataset(make_dataset([Image.fromarray(IDS)], [str(path)]), 5)
-    with pytest.raises(ValueError, match="Image 0 of split train cannot be read"):
+    with pytest.raises(ValueError, match=r"Image 0 of split train cannot be read: photograph .*broken\.png: .*trunc"):
         samples[0]
 
 
 def test_map_of_another_size_is_refused():
     samples = SegmentationDataset(make_dataset([Image.fromarray(IDS[:-1])]), 5)
-    with pytest.raises(ValueError, match=r"Image 0 of split train cannot be read.*\(11, 16\)"):
+    with pytest.raises(ValueError, match=r"Image 0 of split train: .*\(11, 16\)"):
         samples[0]
+
+
+def test_samples_left_out_are_noted(tmp_path):
+    paths = []
+    for shift in range(4):
+        paths.append(str(tmp_path / f"{shift}.png"))
+        Image.fromarray(np.roll(PHOTO, shift, axis=0)).save(paths[-1])
+    samples = SegmentationDataset(make_dataset([Image.fromarray(IDS)] * 4, paths), 5)
+    rest = samples.without([2, 0])
+    assert rest.left_out == (paths[0], paths[2])
+    assert [rest.name(index) for index in range(len(rest))] == [paths[1], paths[3]]
+    assert np.array_equal(rest[1]["image"].permute(1, 2, 0), np.roll(PHOTO, 3, axis=0))
+    assert rest.fingerprint != samples.fingerprint
 
 
 def make_training_dataset(seed: int) -> TrainingDataset:
