@@ -1,4 +1,4 @@
-"""The command `depict`: segment photographs, convert published checkpoints."""
+"""The command `depict`: segment photographs, convert published checkpoints, export models."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"depict: {error}", file=sys.stderr)
         return 2
 
@@ -36,6 +36,12 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument("--flip", action="store_true", help="average with the mirror image")
     segment.add_argument("--alpha", type=float, default=0.5, help="weight of the colours in the overlay (%(default)s)")
     segment.add_argument("--device", default="cpu", help="cpu, cuda, mps, ... (%(default)s)")
+    segment.add_argument(
+        "--backend",
+        choices=("pytorch", "onnxruntime"),
+        default="pytorch",
+        help="onnxruntime: --model is a folder made by `depict export` (%(default)s)",
+    )
 
     convert = commands.add_parser("convert", help="turn a published checkpoint.pth into a model folder")
     convert.set_defaults(command=convert_published)
@@ -43,35 +49,50 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("output", type=Path, metavar="OUT", help="folder for the model; new or empty")
     convert.add_argument("--variant", type=Path, help="variant.yml; default: the one beside the checkpoint")
     convert.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to this repository")
+
+    export = commands.add_parser("export", help="write a model as a file that runs without this package")
+    export.set_defaults(command=export_file)
+    export.add_argument("model", metavar="MODEL", help="folder or Hub name")
+    export.add_argument("output", type=Path, metavar="OUT", help="folder for the file; new or empty")
+    export.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="%(default)s by default")
+    export.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="fix the input in pixels, processed as one image; default: one window where the model has windows, else "
+        "any size (onnx) or any multiples of the patch (torch-export)",
+    )
+    export.add_argument("--labels", action="store_true", help="also output label maps, at the input's size")
     return parser
 
 
 def segment_photos(args: argparse.Namespace) -> int:
     """Write an overlay with a legend and a palette image of class ids per photograph; print each class's share."""
-    from PIL.Image import DecompressionBombError
     from tqdm import tqdm
 
-    from .inference import load_photo
+    from .inference import segment_files
 
-    paths = list(_expand(args.photos))
-    targets = _targets(paths, args.output)
-    model, image_processor = _load_model(args.model, args.device)
+    paths = list(dict.fromkeys(_expand(args.photos)))
+    targets = dict(zip(paths, _targets(paths, args.output), strict=True))
+    load = _load_export if args.backend == "onnxruntime" else _load_model
+    model, image_processor = load(args.model, args.device)
     args.output.mkdir(parents=True, exist_ok=True)
 
+    def write(path: Path, photo, segmentation) -> str:
+        return _write_pictures(photo, segmentation, *targets[path], model.config, args.alpha)
+
     num_failed = 0
-    progress = tqdm(list(zip(paths, targets, strict=True)), disable=len(paths) == 1, unit="photo")
-    for path, (overlay_path, labels_path) in progress:
-        # One photograph that cannot be read must not lose the others. These are what reading one raises: missing or
-        # truncated files and unknown formats (OSError), broken contents (ValueError; SyntaxError from PIL's readers of
-        # EXIF and PNG), or sizes beyond PIL's limit. What goes wrong later is no fault of the photograph.
-        try:
-            photo = load_photo(path)
-        except (OSError, ValueError, SyntaxError, DecompressionBombError) as error:
+    files = segment_files(model, image_processor, paths, write, args.scales, args.flip)
+    progress = tqdm(files, total=len(paths), disable=len(paths) == 1, unit="photo")
+    for file in progress:
+        # One photograph that cannot be read must not lose the others.
+        if file.error is not None:
             num_failed += 1
-            progress.write(f"depict: {path}: {error}", file=sys.stderr)
+            progress.write(f"depict: {file.path}: {file.error}", file=sys.stderr)
             continue
-        table = _segment_one(photo, overlay_path, labels_path, model, image_processor, args)
-        progress.write(f"{path} -> {overlay_path}, {labels_path}\n{table}")
+        overlay_path, labels_path = targets[file.path]
+        progress.write(f"{file.path} -> {overlay_path}, {labels_path}\n{file.result}")
     return 1 if num_failed else 0
 
 
@@ -108,16 +129,28 @@ def _load_model(name: str, device: str):
     return model, image_processor
 
 
-def _segment_one(photo, overlay_path: Path, labels_path: Path, model, image_processor, args: argparse.Namespace) -> str:
-    """Segment one photograph, write its pictures and return its table."""
-    from .inference import segment
+def _load_export(folder: str, device: str):
+    """Exported model behind ONNX Runtime, and its image processor.
+
+    Raises:
+        OSError: If the folder holds no export.
+        ValueError: If it cannot be read, or not on this device.
+        ImportError: If ONNX Runtime is missing.
+    """
+    from . import DepictImageProcessor
+    from .onnx_backend import load_onnx
+
+    return load_onnx(folder, device), DepictImageProcessor.from_pretrained(folder)
+
+
+def _write_pictures(photo, segmentation, overlay_path: Path, labels_path: Path, config, alpha: float) -> str:
+    """Write a photograph's pictures and return its table."""
     from .labels import colors_for
     from .visualization import class_shares, label_image, overlay
 
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    colors = colors_for(model.config.id2label)
-    [segmentation] = segment(model, image_processor, [photo], args.scales, args.flip)
-    overlay(photo, segmentation, colors, names, args.alpha).save(overlay_path)
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    colors = colors_for(config.id2label)
+    overlay(photo, segmentation, colors, names, alpha).save(overlay_path)
     label_image(segmentation, colors).save(labels_path)
     return "\n".join(f"  {100 * share:6.2f} %  {name}" for name, share in class_shares(segmentation, names))
 
@@ -126,8 +159,7 @@ def convert_published(args: argparse.Namespace) -> int:
     """Convert a checkpoint of the authors of DEPICT or Segmenter and save it, and upload it if asked."""
     from .conversion import convert_checkpoint
 
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise ValueError(f"{args.output} is not an empty folder; choose a new one, so that nothing is overwritten.")
+    _check_empty(args.output)
     model, image_processor = convert_checkpoint(args.checkpoint, args.variant)
     model.save_pretrained(args.output)
     image_processor.save_pretrained(args.output)
@@ -141,6 +173,27 @@ def convert_published(args: argparse.Namespace) -> int:
         image_processor.push_to_hub(args.push_to_hub)
         print(f"Uploaded to {args.push_to_hub}")
     return 0
+
+
+def export_file(args: argparse.Namespace) -> int:
+    """Export a model, and say what its input is."""
+    from .export import export_model
+
+    _check_empty(args.output)
+    model, image_processor = _load_model(args.model, "cpu")
+    size = tuple(args.size) if args.size else None
+    path, size, outputs = export_model(model, image_processor, args.output, args.format, size, args.labels)
+    if size:
+        sides = f"{size[0]} x {size[1]}"
+    else:
+        sides = "any height x any width" if args.format == "onnx" else "multiples of the patch"
+    print(f"{args.model} -> {path}: pixel_values of {sides} pixels, in batches, to {', '.join(outputs)}")
+    return 0
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty folder; choose a new one, so that nothing is overwritten.")
 
 
 def _expand(paths: Iterable[Path]) -> Iterable[Path]:

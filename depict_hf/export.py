@@ -1,10 +1,12 @@
 """Models as files that run without this package: ONNX graphs, and programs of `torch.export`."""
 
 import copy
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +24,30 @@ FILE_NAMES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
 TOLERANCE = 1e-3
 
 
-class ExportedGraph(nn.Module):
-    """What an exported file computes: from one batch of images, a dict of named tensors.
+class ExportedFile(NamedTuple):
+    """What `export_model` wrote.
 
-    Inputs and outputs:
+    Attributes:
+        path: Of the file.
+        size: (height, width) pixels that its input is bound to, or None.
+        output_names: As in `ExportedGraph`.
+    """
+
+    path: Path
+    size: tuple[int, int] | None
+    output_names: list[str]
+
+
+class ExportedGraph(nn.Module):
+    """What an exported file computes: from a batch of images, a dict of named tensors.
+
+    Input and outputs:
         pixel_values: `(batch, channels, height, width)` float32, as `DepictImageProcessor` makes them.
-        logits: Scores of all classes over exactly the input image: `(batch, num_labels, grid_height, grid_width)` on
-            the patch grid; at the input's size, `(batch, num_labels, height, width)`, where `pad` is set.
-        patch_logits: Only where `pad` is set: the scores on the patch grid, `(batch, num_labels, ceil(height / patch),
-            ceil(width / patch))`, which covers the input padded at the bottom and right.
-        labels: Only where asked for: class ids at the input's size, `(batch, height, width)`; uint8, or int64 where
-            there are more than 256 classes.
+        logits: `(batch, num_labels, height / patch, width / patch)`, scores of all classes over exactly the input
+            image. Where `pad` is set, `patch_logits` in its place: `(batch, num_labels, ceil(height / patch),
+            ceil(width / patch))`, over the input padded at the bottom and right to multiples of the patch.
+        labels: Only where asked for: `(batch, height, width)` class ids of exactly the input image's pixels; uint8, or
+            int64 where there are more than 256 classes.
 
     Args:
         model: In evaluation mode; its windows are not part of the graph.
@@ -47,7 +62,7 @@ class ExportedGraph(nn.Module):
         self.patch_size = model.config.encoder_patch_size
         self.label_dtype = torch.uint8 if model.config.num_labels <= 256 else torch.int64
         self.labels, self.pad = labels, pad
-        self.output_names = ["logits", *(["patch_logits"] if pad else []), *(["labels"] if labels else [])]
+        self.output_names = ["patch_logits" if pad else "logits", *(["labels"] if labels else [])]
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         height, width = pixel_values.shape[-2:]
@@ -60,12 +75,12 @@ class ExportedGraph(nn.Module):
             cut = (*pixel_values.shape[:2], height // patch, patch, width // patch, patch)
             padded = pixel_values.reshape(cut).reshape(pixel_values.shape)
         patches, grid_size = self.encoder(padded, LayerRecord())
-        patch_logits = self.decoder(patches, grid_size, LayerRecord())
-        full = resize_bilinear(patch_logits, tuple(padded.shape[-2:]))[..., :height, :width]
-        outputs = {"logits": full, "patch_logits": patch_logits} if self.pad else {"logits": patch_logits}
+        logits = self.decoder(patches, grid_size, LayerRecord())
+        outputs = [logits]
         if self.labels:
-            outputs["labels"] = full.argmax(dim=1).to(self.label_dtype)
-        return outputs
+            full = resize_bilinear(logits, tuple(padded.shape[-2:]))[..., :height, :width]
+            outputs.append(full.argmax(dim=1).to(self.label_dtype))
+        return dict(zip(self.output_names, outputs, strict=True))
 
 
 def export_model(
@@ -75,15 +90,16 @@ def export_model(
     file_format: str = "onnx",
     size: tuple[int, int] | None = None,
     labels: bool = False,
-) -> Path:
+) -> ExportedFile:
     """Write a model as one file that computes `ExportedGraph` in float32, with its settings beside it.
 
-    The batch is always free. A model with windows is exported for one window, which its runner cuts out and merges
-    (`depict_hf.onnx_backend`). Any other model takes images of any size ("onnx"), or any multiples of the patch
-    ("torch-export", where the tracer cannot leave the padding free; a backbone of transformers that compares its
-    input with the size of its own position embeddings, as DINOv2 does, refuses exactly that size), unless `size` fixes
-    one, for which the position embeddings of the native encoder are then resized once. What was written is run on
-    random images and compared with the model.
+    The batch is always free. A model with windows is exported for one window; `inference.segment` cuts windows out and
+    merges their logits. Any other model takes images of any size ("onnx") or any multiples of the patch
+    ("torch-export", whose programs cannot leave padding free; a backbone that compares its input with the size of its
+    own position embeddings, as DINOv2 does, refuses exactly that size). `size` fixes one size instead. Where the size
+    is fixed, position embeddings are resized once, here; in a program of "torch-export", a backbone's are not.
+
+    What was written is run on a random image and compared with the model.
 
     Args:
         model: On any device, in any mode and precision; not changed.
@@ -92,9 +108,6 @@ def export_model(
         file_format: A key of `FILE_NAMES`.
         size: (height, width) pixels of the input, processed as one image.
         labels: Whether label maps at the input's size are an output.
-
-    Returns:
-        Path of the file.
 
     Raises:
         ValueError: If an argument has no meaning here, or the exporter cannot export this model truthfully.
@@ -108,21 +121,13 @@ def export_model(
         require_onnx("onnx", "onnxscript", "onnxruntime")
     # Written out, attention is what ONNX Runtime computes fastest; PyTorch has fused kernels.
     model = _copy_for_export(model, "eager" if file_format == "onnx" else "sdpa")
-    window_size = model.config.window_size
-    if size is None and window_size is not None:
-        size = (window_size, window_size)
-    elif size is not None and size != (window_size, window_size):
-        if min(size) < 1:
-            raise ValueError(f"Got size={size}, needed positive pixels (height, width).")
-        model.config.window_size = model.config.window_stride = None
-        fixed = {"height": size[0], "width": size[1]}
-        image_processor = type(image_processor).from_dict(image_processor.to_dict(), size=fixed, do_resize=True)
-
-    patch_size = model.config.encoder_patch_size
-    fits = size is not None and size[0] % patch_size == 0 and size[1] % patch_size == 0
-    pad = not fits if size is not None else file_format == "onnx"
-    if size is not None:
-        _bake_positions(model, (-(-size[0] // patch_size), -(-size[1] // patch_size)))
+    size, settings = _settle_size(model, image_processor, size)
+    if size is None:
+        pad = file_format == "onnx"
+    else:
+        patch_size = model.config.encoder_patch_size
+        pad = any(side % patch_size for side in size)
+        _bake_positions(model, tuple(-(-side // patch_size) for side in size))
     graph = ExportedGraph(model, labels, pad)
 
     folder = Path(folder)
@@ -136,17 +141,18 @@ def export_model(
         else:
             torch.export.save(program, path)
         _verify(graph, path, channels, size)
+    # Exporters raise errors of many kinds, mostly where a backbone's input size is left free.
     except Exception as error:
-        if size is not None:
-            raise
-        # Backbones fail in many ways where their input's size is left free.
-        raise ValueError(
-            f"This model cannot be exported for images of any size ({type(error).__name__}: {error}); fix one with "
-            "size=(height, width), --size on the command line."
-        ) from error
+        path.unlink(missing_ok=True)
+        if size is None:
+            what, remedy = "images of any size", "fix one with size=(height, width), --size on the command line"
+        else:
+            what, remedy = f"images of {size[0]}x{size[1]} pixels", "try another size, format or backbone"
+        message = f"This model cannot be exported for {what} ({type(error).__name__}: {error}); {remedy}."
+        raise ValueError(message) from error
     model.config.to_json_file(folder / "config.json")
-    image_processor.to_json_file(folder / "preprocessor_config.json")
-    return path
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return ExportedFile(path, size, graph.output_names)
 
 
 def _copy_for_export(model: DepictForSemanticSegmentation, attention: str) -> DepictForSemanticSegmentation:
@@ -158,6 +164,26 @@ def _copy_for_export(model: DepictForSemanticSegmentation, attention: str) -> De
     if model.config.backbone_config is not None:
         model.config.backbone_config._name_or_path = ""
     return model
+
+
+def _settle_size(
+    model: DepictForSemanticSegmentation, image_processor: DepictImageProcessor, size: tuple[int, int] | None
+) -> tuple[tuple[int, int] | None, dict]:
+    """(height, width) pixels that the graph is bound to, or None, and the image processor's settings for it.
+
+    A size other than the model's window takes the place of the windows, which are removed from the model's
+    configuration.
+    """
+    settings = image_processor.to_dict()
+    settings.pop("auto_map", None)
+    config = model.config
+    window = None if config.window_size is None else (config.window_size, config.window_size)
+    if size is None or size == window:
+        return window, settings
+    if min(size) < 1:
+        raise ValueError(f"Got size={size}, needed positive pixels (height, width).")
+    config.window_size = config.window_stride = None
+    return size, settings | {"do_resize": True, "size": {"height": size[0], "width": size[1]}}
 
 
 def _num_channels(model: DepictForSemanticSegmentation) -> int:
@@ -233,18 +259,14 @@ def _verify(graph: ExportedGraph, path: Path, channels: int, size: tuple[int, in
         from .onnx_backend import start_session
 
         session = start_session(path)
-        names = [output.name for output in session.get_outputs()]
-        values = session.run(names, {"pixel_values": pixel_values.numpy()})
-        logits = torch.from_numpy(dict(zip(names, values, strict=True))["logits"])
+        logits = torch.from_numpy(session.run(graph.output_names[:1], {"pixel_values": pixel_values.numpy()})[0])
     else:
-        logits = torch.export.load(path).module()(pixel_values)["logits"]
+        logits = torch.export.load(path).module()(pixel_values)[graph.output_names[0]]
     with torch.no_grad():
-        expected = graph(pixel_values)["logits"]
+        expected = graph(pixel_values)[graph.output_names[0]]
     difference = (logits - expected).abs().max().item() / expected.abs().max().item()
     if not difference <= TOLERANCE:
-        path.unlink()
         raise ValueError(
-            f"The exported logits differ from the model's by {difference:.2g} of the largest on {size[0]}x{size[1]} "
-            f"pixels, where at most {TOLERANCE:g} was expected; fix the size with size=(height, width), --size on the "
-            "command line, or report the backbone."
+            f"on {size[0]}x{size[1]} pixels, the file's logits differ from the model's by {difference:.2g} of the "
+            f"largest, where rounding explains at most {TOLERANCE:g}"
         )

@@ -115,14 +115,16 @@ class DepictImageProcessor(TorchvisionBackend):
     ) -> torch.Tensor:
         """Resize `(..., channels, height, width)` to `resize_size`; the input itself where the size already fits.
 
-        uint8 is resized as float32 and rounded: torchvision's own uint8 kernels round differently. Lanczos, which
-        torchvision knows only with antialiasing, always has it.
+        uint8 is resized as float32, a channel at a time to save memory, and rounded: torchvision's own uint8 kernels
+        round differently. Lanczos, which torchvision knows only with antialiasing, always has it.
         """
         height, width = self.resize_size(*image.shape[-2:], size)
         if (height, width) == tuple(image.shape[-2:]):
             return image
         antialias = antialias or resample == PILImageResampling.LANCZOS
-        resized = super().resize(image.float(), SizeDict(height=height, width=width), resample, antialias)
+        resize, size = super().resize, SizeDict(height=height, width=width)
+        resized = [resize(channel.float(), size, resample, antialias) for channel in image.split(1, dim=-3)]
+        resized = torch.cat(resized, dim=-3)
         return resized.round().clamp(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else resized
 
     def process_image(
@@ -176,14 +178,13 @@ class DepictImageProcessor(TorchvisionBackend):
                 )
         results = []
         for index, scores in enumerate(logits):
-            if target_sizes is not None:
-                size = tuple(int(length) for length in target_sizes[index])
-                scores = F.interpolate(scores[None].float(), size=size, mode="bilinear", align_corners=False)[0]
-            result = scores.argmax(dim=0)
+            size = scores.shape[-2:] if target_sizes is None else tuple(int(side) for side in target_sizes[index])
             if return_segmentation_scores:
-                data = {"segmentation": result, "segmentation_scores": scores}
-                result = SemanticSegmentationPostProcessorOutput(data=data)
-            results.append(result)
+                scores = F.interpolate(scores[None].float(), size, mode="bilinear")[0] if target_sizes else scores
+                data = {"segmentation": scores.argmax(dim=0), "segmentation_scores": scores}
+                results.append(SemanticSegmentationPostProcessorOutput(data))
+            else:
+                results.append(_best_classes(scores, size))
         return results
 
     def _standardize_kwargs(self, **kwargs) -> dict:
@@ -220,23 +221,21 @@ class DepictImageProcessor(TorchvisionBackend):
         self,
         images: ImageInput,
         segmentation_maps: ImageInput | None,
-        do_convert_rgb: bool,
         do_reduce_labels: bool,
-        input_data_format: str | ChannelDimension | None,
         return_tensors: str | TensorType | None,
-        device: torch.device | str | None = None,
         **kwargs,
     ) -> BatchFeature:
-        images = self._prepare_image_like_inputs(
-            images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, device=device
-        )
+        reading = {name: kwargs.pop(name, None) for name in ("do_convert_rgb", "input_data_format", "device")}
+        images = self._prepare_image_like_inputs(images, **reading)
         data = {"pixel_values": self._preprocess(images, **kwargs)}
         if segmentation_maps is not None:
             labels = _label_maps(segmentation_maps, [tuple(image.shape[-2:]) for image in images])
             if do_reduce_labels:
                 labels = [torch.where((ids == 0) | (ids == IGNORE_LABEL), IGNORE_LABEL, ids - 1) for ids in labels]
-            data["labels"] = [
-                _resize_nearest(ids.to(pixels.device), pixels.shape[-2:])
+            data["labels"] = [  # `F.interpolate` takes no integers; float32 holds ids up to 2**24 exactly.
+                F.interpolate(
+                    ids.to(pixels.device, torch.float32)[None, None], pixels.shape[-2:], mode="nearest-exact"
+                )[0, 0].long()
                 for ids, pixels in zip(labels, data["pixel_values"], strict=True)
             ]
         if return_tensors is not None:
@@ -260,13 +259,31 @@ class DepictImageProcessor(TorchvisionBackend):
     ) -> list[torch.Tensor]:
         """Resize, rescale and normalise `(channels, height, width)` images, those of one size together."""
         groups, order = group_images_by_shape(images, disable_grouping=disable_grouping)
+        normalization = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         for shape, group in groups.items():
             if do_resize:
                 group = self.resize(group, size, resample=resample, antialias=do_antialias)
-            groups[shape] = self.rescale_and_normalize(
-                group, do_rescale, rescale_factor, do_normalize, image_mean, image_std
-            )
+            groups[shape] = self.rescale_and_normalize(group, *normalization)
         return reorder_images(groups, order)
+
+
+def _best_classes(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Argmax of `(num_labels, height, width)` resized to `size`, for so few rows at a time that they fit in a cache.
+
+    Along one axis, bilinear interpolation is the matrix that it makes of the unit matrix.
+    """
+    if tuple(scores.shape[-2:]) == size:
+        return scores.argmax(dim=0)
+    scores = scores.permute(1, 2, 0)
+    vertical = F.interpolate(torch.eye(len(scores))[None, None], (size[0], len(scores)), mode="bilinear")[0, 0]
+    step = max(1, (2**19 if scores.device.type == "cpu" else 2**25) // (size[1] * scores.shape[-1]))
+    bands = []
+    for operator in vertical.split(step):
+        used = operator.any(dim=0).nonzero()[:, 0]
+        rows = slice(used[0], used[-1] + 1)
+        narrow = torch.tensordot(operator[:, rows].to(scores.device), scores[rows].float(), dims=1).permute(2, 0, 1)
+        bands.append(F.interpolate(narrow[None], (len(operator), size[1]), mode="bilinear")[0].argmax(dim=0))
+    return torch.cat(bands)
 
 
 def _flatten(images) -> list:
@@ -304,9 +321,7 @@ def _to_8_bits(image: torch.Tensor) -> torch.Tensor:
     values = image.to(torch.int64)
     low, high = (bound.item() for bound in values.aminmax())
     if low < 0 or high > 65535:
-        raise ValueError(
-            f"Got an image of {image.dtype} with values from {low} to {high}; rescale it to 0..255 or 0..65535."
-        )
+        raise ValueError(f"Got {image.dtype} values from {low} to {high}; rescale the image to 0..255 or 0..65535.")
     if image.dtype == torch.uint16 or high > 255:
         values = (values + 128) // 257  # 65535 = 255 * 257, rounded
     return values.to(torch.uint8)
@@ -314,10 +329,8 @@ def _to_8_bits(image: torch.Tensor) -> torch.Tensor:
 
 def _label_maps(segmentation_maps: ImageInput, sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
     """Read one map of class ids, `(height, width)` int64, for each image, whose (height, width) are `sizes`."""
-    if getattr(segmentation_maps, "ndim", None) == 3 and len(sizes) > 1:
-        maps = list(segmentation_maps)  # the first axis counts images, not channels
-    else:
-        maps = _flatten(segmentation_maps)
+    counted = getattr(segmentation_maps, "ndim", None) == 3 and len(sizes) > 1  # The first axis counts images then.
+    maps = list(segmentation_maps) if counted else _flatten(segmentation_maps)
     if len(maps) != len(sizes):
         raise ValueError(f"Got {len(maps)} segmentation maps for {len(sizes)} images; pass exactly one map per image.")
     return [_label_map(segmentation_map, size) for segmentation_map, size in zip(maps, sizes, strict=True)]
@@ -383,14 +396,3 @@ def _single_channel(values: torch.Tensor) -> torch.Tensor:
             "of class ids: map each colour to its id first."
         )
     return values[0]
-
-
-def _resize_nearest(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize `(height, width)` with nearest-exact, by indexing: `F.interpolate` takes no integers."""
-    if labels.shape == size:
-        return labels
-    rows, columns = (
-        F.interpolate(torch.arange(old, dtype=torch.float32)[None, None], size=new, mode="nearest-exact")[0, 0].long()
-        for old, new in zip(labels.shape, size, strict=True)
-    )
-    return labels[rows.to(labels.device)][:, columns.to(labels.device)]

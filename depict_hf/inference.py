@@ -1,7 +1,11 @@
-"""Photographs to label maps: the published single- and multi-scale protocol."""
+"""Photographs to label maps: the published single- and multi-scale protocol, with bounded memory."""
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -11,24 +15,34 @@ from torch import Tensor
 
 from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import DepictForSemanticSegmentation
-from .windows import enlarge_to_window, resize_bilinear
+from .windows import CoarseScores, enlarge_to_window, label_map, pad_to_multiple, window_corners
 
 Photo = PIL.Image.Image | np.ndarray | str | Path
 
+# Pixels that share a forward pass unless the caller says otherwise: 8 windows of 512 x 512.
+MAX_BATCH_PIXELS = 2**21
 
-@torch.inference_mode()
+# Pixels of the photographs that may wait for others to fill a forward pass.
+MAX_WAITING_PIXELS = 2**27
+
+# What reading a photograph raises: missing or truncated files and unknown formats (OSError), broken contents
+# (ValueError; SyntaxError from PIL's readers of EXIF and PNG), or sizes beyond PIL's limit.
+UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)
+
+
 def segment(
     model: DepictForSemanticSegmentation,
     image_processor: DepictImageProcessor,
     images: Iterable[Photo],
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
+    max_batch_pixels: int = MAX_BATCH_PIXELS,
 ) -> list[Tensor]:
     """Label every pixel of photographs of any size.
 
     Each photograph is resized by the image processor to its size times each scale; logits are brought back to the
     photograph's size; where there are several scales or flips, their probabilities are averaged. The window
-    size and stride are those of `model.config`.
+    size and stride are those of `model.config`. Logits of all classes never exist at full size.
 
     Args:
         model: In evaluation mode, on any device.
@@ -37,6 +51,8 @@ def segment(
             upright by their EXIF orientation, which is the size that counts.
         scales: The published multi-scale protocol uses 0.5, 0.75, 1, 1.25, 1.5 and 1.75.
         flip: Whether to add the horizontal mirror image at every scale.
+        max_batch_pixels: Pixels of all images or windows that share a forward pass, over photographs, scales and
+            flips; bounds the memory that the model needs. A single one that is larger is processed alone.
 
     Returns:
         Per photograph `(height, width)` class ids, int64, on the CPU.
@@ -48,6 +64,21 @@ def segment(
     Source:
         `inference`, segm/model/utils.py in rstrudel/segmenter@20d1bfa.
     """
+    return list(segment_stream(model, image_processor, images, scales, flip, max_batch_pixels))
+
+
+def segment_stream(
+    model: DepictForSemanticSegmentation,
+    image_processor: DepictImageProcessor,
+    images: Iterable[Photo],
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    max_batch_pixels: int = MAX_BATCH_PIXELS,
+) -> Iterator[Tensor]:
+    """As `segment`, for any number of photographs: one label map after the other, in their order.
+
+    Photographs are taken from `images` only as they are needed to fill a forward pass.
+    """
     if isinstance(images, (str, Path, np.ndarray, PIL.Image.Image)):
         raise ValueError(f"Got one {type(images).__name__}, needed a list of photographs; pass [image].")
     if model.training:
@@ -57,7 +88,73 @@ def segment(
         raise ValueError(f"Got scales={scales}, needed one or more positive numbers.")
     if scales != (1.0,) and not image_processor.do_resize:
         raise ValueError(f"Got scales={scales}, but the image processor does not resize; set its do_resize=True.")
-    return [_segment_photo(model, image_processor, photo, scales, flip) for photo in images]
+    if max_batch_pixels < 1:
+        raise ValueError(f"Got max_batch_pixels={max_batch_pixels}, needed at least 1.")
+    return _stream(model, image_processor, images, scales, flip, max_batch_pixels)
+
+
+@dataclass(frozen=True)
+class SegmentedFile:
+    """What `segment_files` yields for a file.
+
+    Attributes:
+        path: Of the photograph.
+        result: What `finish` returned; None where the photograph cannot be read.
+        error: Why it cannot be read, one of `UNREADABLE`; None where it can.
+    """
+
+    path: Path
+    result: Any = None
+    error: Exception | None = None
+
+
+def segment_files(
+    model: DepictForSemanticSegmentation,
+    image_processor: DepictImageProcessor,
+    paths: Iterable[str | Path],
+    finish: Callable[[Path, PIL.Image.Image, Tensor], Any],
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    max_batch_pixels: int = MAX_BATCH_PIXELS,
+) -> Iterator[SegmentedFile]:
+    """Segment image files while the next ones are read and decoded, and the last ones are written, by other threads.
+
+    Args:
+        finish: Called in another thread, one file at a time and in order, with path, upright photograph and its label
+            map as of `segment`; draws and writes whatever is wanted.
+
+    Yields:
+        One result per path, in order. Files that cannot be read do not end the run; what `finish` raises does.
+    """
+    ahead = 2  # Files read before, and files waiting to be written after, those in the model.
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        in_model: deque[tuple[Path, PIL.Image.Image | Exception]] = deque()
+        finishing: deque[tuple[Path, Future | Exception]] = deque()
+
+        def photos() -> Iterator[PIL.Image.Image]:
+            for path, photo in _read_ahead(reader, paths, ahead):
+                in_model.append((path, photo))
+                if not isinstance(photo, Exception):
+                    yield photo
+
+        def pass_on(labels: Tensor | None) -> None:
+            """Hand the first file in the model, and unreadable ones before it, to the writer."""
+            while in_model:
+                path, photo = in_model.popleft()
+                if isinstance(photo, Exception):
+                    finishing.append((path, photo))
+                else:
+                    finishing.append((path, writer.submit(finish, path, photo, labels)))
+                    return
+
+        for labels in segment_stream(model, image_processor, photos(), scales, flip, max_batch_pixels):
+            pass_on(labels)
+            del labels
+            while len(finishing) > ahead:
+                yield _finished(*finishing.popleft())
+        pass_on(None)  # Only unreadable files can be left.
+        while finishing:
+            yield _finished(*finishing.popleft())
 
 
 def load_photo(path: str | Path) -> PIL.Image.Image:
@@ -70,6 +167,149 @@ def load_photo(path: str | Path) -> PIL.Image.Image:
         upright = PIL.ImageOps.exif_transpose(image)
         pixels = DepictImageProcessor().process_image(upright, do_convert_rgb=True)
     return PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _read_ahead(
+    reader: ThreadPoolExecutor, paths: Iterable[str | Path], ahead: int
+) -> Iterator[tuple[Path, PIL.Image.Image | Exception]]:
+    reading: deque[tuple[Path, Future]] = deque()
+    for path in map(Path, paths):
+        reading.append((path, reader.submit(load_photo, path)))
+        if len(reading) > ahead:
+            yield _read(*reading.popleft())
+    while reading:
+        yield _read(*reading.popleft())
+
+
+def _read(path: Path, photo: Future) -> tuple[Path, PIL.Image.Image | Exception]:
+    try:
+        return path, photo.result()
+    except UNREADABLE as error:
+        return path, error
+
+
+def _finished(path: Path, outcome: Future | Exception) -> SegmentedFile:
+    if isinstance(outcome, Exception):
+        return SegmentedFile(path, error=outcome)
+    return SegmentedFile(path, outcome.result())
+
+
+@dataclass
+class _View:
+    """One photograph at one scale, mirrored or not, and the logits of its windows as far as they are known.
+
+    Args:
+        corners: (top, left) pixels per window, row by row.
+        window: (height, width) pixels of a window.
+        size: (height, width) pixels of the resized photograph, without padding.
+        mirrored: Whether it is the mirror image.
+        logits: Per corner `(num_labels, h, w)` in the model's dtype.
+    """
+
+    corners: list[tuple[int, int]]
+    window: tuple[int, int]
+    size: tuple[int, int]
+    mirrored: bool
+    logits: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class _Job:
+    """One photograph on its way: its size and the views begun so far."""
+
+    size: tuple[int, int]
+    views: list[_View] = field(default_factory=list)
+
+    def label(self) -> Tensor:
+        coarse = [
+            CoarseScores.from_windows(view.logits, view.corners, view.window, view.size, self.size, view.mirrored)
+            for view in self.views
+        ]
+        return label_map(coarse).cpu().long()
+
+
+@torch.inference_mode()
+def _stream(
+    model: DepictForSemanticSegmentation,
+    image_processor: DepictImageProcessor,
+    images: Iterable[Photo],
+    scales: tuple[float, ...],
+    flip: bool,
+    max_batch_pixels: int,
+) -> Iterator[Tensor]:
+    """Queue the windows of all photographs; run the model whenever a pass is full."""
+    # Photographs whose windows have not all been run, or that wait for an earlier one of those.
+    jobs: deque[_Job] = deque()
+    queue: list[tuple[Tensor, _View]] = []
+    pixels = 0
+    for photo in images:
+        image = _as_tensor(photo, image_processor)
+        del photo
+        jobs.append(_Job(tuple(image.shape[-2:])))
+        for window, view in _windows(model, image_processor, image, scales, flip, jobs[-1]):
+            window_pixels = window.shape[-2] * window.shape[-1]
+            if queue and pixels + window_pixels > max_batch_pixels:
+                _run(model, queue)
+                pixels = 0
+            queue.append((window, view))
+            pixels += window_pixels
+        del image
+        waiting_pixels = sum(job.size[0] * job.size[1] for job in jobs)
+        if pixels + window_pixels > max_batch_pixels or waiting_pixels > MAX_WAITING_PIXELS:
+            _run(model, queue)
+            pixels = 0
+        while jobs and _complete(jobs[0]):
+            yield jobs.popleft().label()
+    _run(model, queue)
+    while jobs:
+        yield jobs.popleft().label()
+
+
+def _complete(job: _Job) -> bool:
+    return all(len(view.logits) == len(view.corners) for view in job.views)
+
+
+def _run(model: DepictForSemanticSegmentation, queue: list[tuple[Tensor, _View]]) -> None:
+    """Run the queued windows, those of one size together, and hand the logits to their views."""
+    for size in dict.fromkeys(window.shape for window, _ in queue):
+        entries = [entry for entry in queue if entry[0].shape == size]
+        logits = model(torch.stack([window for window, _ in entries])).logits
+        for (_, view), each in zip(entries, logits, strict=True):
+            view.logits.append(each)
+    queue.clear()
+
+
+def _windows(
+    model: DepictForSemanticSegmentation,
+    image_processor: DepictImageProcessor,
+    image: Tensor,
+    scales: tuple[float, ...],
+    flip: bool,
+    job: _Job,
+) -> Iterator[tuple[Tensor, _View]]:
+    """Windows `(channels, height, width)` of a photograph at every scale, each with its view, which the job gets."""
+    window_size = model.config.window_size
+    for scale in scales:
+        size = {name: int(side * scale) for name, side in dict(image_processor.size).items() if side is not None}
+        pixel_values = image_processor(image, size=size, return_tensors="pt")["pixel_values"].to(model.device)
+        if window_size is not None:
+            pixel_values = enlarge_to_window(pixel_values, window_size)
+        size = tuple(pixel_values.shape[-2:])
+        for mirrored in (False, True) if flip else (False,):
+            pixels = pixel_values.flip(-1) if mirrored else pixel_values
+            if window_size is not None:
+                window = (window_size, window_size)
+                corners = window_corners(size, window_size, model.config.window_stride or window_size)
+            else:
+                # Else the model would pad, and return logits at the padded size; graphs of one size pad by themselves.
+                if getattr(model, "input_size", None) is None:
+                    pixels = pad_to_multiple(pixels, model.config.encoder_patch_size)
+                window = tuple(pixels.shape[-2:])
+                corners = [(0, 0)]
+            view = _View(corners, window, size, mirrored)
+            job.views.append(view)
+            for top, left in corners:
+                yield pixels[0, :, top : top + window[0], left : left + window[1]], view
 
 
 def _as_tensor(photo: Photo, image_processor: DepictImageProcessor) -> Tensor:
@@ -87,41 +327,3 @@ def _as_tensor(photo: Photo, image_processor: DepictImageProcessor) -> Tensor:
     else:
         raise ValueError(f"Got a {type(photo).__name__}, needed a PIL image, a uint8 array or a path.")
     return image_processor.process_image(photo, do_convert_rgb=image_processor.do_convert_rgb)
-
-
-def _segment_photo(
-    model: DepictForSemanticSegmentation,
-    image_processor: DepictImageProcessor,
-    photo: Photo,
-    scales: tuple[float, ...],
-    flip: bool,
-) -> Tensor:
-    image = _as_tensor(photo, image_processor)
-    size = tuple(image.shape[-2:])
-    if len(scales) == 1 and not flip:
-        return _logits_at(model, image_processor, image, scales[0], size, flip)[0].argmax(dim=0).cpu()
-    probabilities = sum(
-        _logits_at(model, image_processor, image, scale, size, flip).softmax(dim=1).sum(dim=0) for scale in scales
-    )
-    return probabilities.argmax(dim=0).cpu()
-
-
-def _logits_at(
-    model: DepictForSemanticSegmentation,
-    image_processor: DepictImageProcessor,
-    image: Tensor,
-    scale: float,
-    size: tuple[int, int],
-    flip: bool,
-) -> Tensor:
-    """Logits of one photograph at one scale, `(1 or, with its mirror image, 2, num_labels, *size)`, float32."""
-    scaled = {name: int(side * scale) for name, side in dict(image_processor.size).items() if side is not None}
-    pixel_values = image_processor(image, size=scaled, return_tensors="pt")["pixel_values"].to(model.device)
-    if model.config.window_size is not None:
-        pixel_values = enlarge_to_window(pixel_values, model.config.window_size)
-    if flip:
-        pixel_values = torch.cat([pixel_values, pixel_values.flip(-1)])
-    # By way of the input's size, as published; one interpolation from the patch grid gives other values.
-    logits = resize_bilinear(model(pixel_values).logits.float(), pixel_values.shape[-2:])
-    logits = resize_bilinear(logits, size)
-    return torch.cat([logits[:1], logits[1:].flip(-1)]) if flip else logits

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AutoBackbone
 from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
@@ -20,6 +21,7 @@ from .windows import (
     merge_windows,
     pad_to_multiple,
     resize_bilinear,
+    upsampling_bands,
     window_corners,
 )
 
@@ -258,8 +260,7 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
         logits = torch.cat(
             [self._whole_logits(part, LayerRecord(), LayerRecord()) for part in windows.split(WINDOWS_PER_PASS)]
         )
-        merged = merge_windows(list(logits.split(batch_size)), corners, enlarged_size, window_size)
-        return resize_bilinear(merged, size)
+        return merge_windows(list(logits.split(batch_size)), corners, enlarged_size, window_size, size)
 
     def _check_pixel_values(self, pixel_values: Tensor) -> None:
         channels = self.config.num_channels if self.config.backbone_config is None else None
@@ -296,6 +297,52 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tens
     Source:
         `train_one_epoch`, segm/engine.py in rstrudel/segmenter@20d1bfa, where a batch without labels gives NaN.
     """
-    logits = resize_bilinear(logits.float(), labels.shape[-2:])
-    total = F.cross_entropy(logits, labels.long(), ignore_index=ignore_index, reduction="sum")
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if torch.compiler.is_compiling():
+        # The number of bands would bind a compiled graph to one size.
+        logits = resize_bilinear(logits, labels.shape[-2:])
+        total = F.cross_entropy(logits, labels.long(), ignore_index=ignore_index, reduction="sum")
+    else:
+        wide = resize_bilinear(logits, (logits.shape[-2], labels.shape[-1]))
+        total = _CrossEntropyByBands.apply(wide, labels, ignore_index)
     return total / (labels != ignore_index).sum().clamp(min=1)
+
+
+class _CrossEntropyByBands(torch.autograd.Function):
+    """Sum of the cross-entropy of logits upsampled in height, which exist for a band of rows at a time.
+
+    The gradient of a band is taken and brought back to the coarse rows while the band's probabilities are there, in
+    the forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        """Sum over all pixels that are not ignored.
+
+        Args:
+            logits: `(batch, num_labels, h, width)`, float32 or float64.
+            labels: `(batch, height, width)`, integers.
+        """
+        needs_gradient = ctx.needs_input_grad[0]
+        rows = logits.permute(2, 0, 3, 1).contiguous()
+        gradient = torch.zeros_like(rows) if needs_gradient else None
+        total = logits.new_zeros(())
+        with torch.autocast(logits.device.type, enabled=False):
+            for band, operator, used in upsampling_bands(len(rows), labels.shape[1], rows[0].numel(), logits):
+                scores = torch.tensordot(operator, rows[used], dims=1).log_softmax(dim=-1)
+                targets = labels[:, band].transpose(0, 1)
+                kept = (targets != ignore_index)[..., None]
+                targets = torch.where(kept, targets[..., None], 0).long()
+                total -= (scores.gather(-1, targets) * kept).sum()
+                if needs_gradient:
+                    scores = scores.exp_().scatter_add_(-1, targets, scores.new_full((), -1).expand(targets.shape))
+                    gradient[used] += torch.tensordot(operator.T, scores.mul_(kept), dims=1)
+        if needs_gradient:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        [gradient] = ctx.saved_tensors
+        return (gradient * grad_output).permute(1, 3, 0, 2), None, None

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .configuration_depict import DepictConfig
-from .modeling_depict import WINDOWS_PER_PASS, DepictSemanticSegmenterOutput
-from .windows import cut_windows, enlarge_to_window, merge_windows, resize_bilinear, window_corners
+from .modeling_depict import DepictSemanticSegmenterOutput
+from .windows import resize_bilinear
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -43,7 +43,7 @@ def start_session(path: Path, device: str = "cpu", num_threads: int | None = Non
     require_onnx("onnxruntime")
     import onnxruntime
 
-    provider = PROVIDERS.get(torch.device(device).type)
+    provider = PROVIDERS.get(device.partition(":")[0])
     if provider not in onnxruntime.get_available_providers():
         raise ValueError(
             f"This installation of ONNX Runtime does not compute on {device!r}, only with "
@@ -79,10 +79,10 @@ def load_onnx(folder: str | Path, device: str = "cpu", num_threads: int | None =
 
 
 class OnnxModel:
-    """An exported model that is called as `DepictForSemanticSegmentation` is in evaluation mode.
+    """An exported model that is called as `DepictForSemanticSegmentation` is in evaluation mode, without windows.
 
     Attributes:
-        config: Of the model that was exported.
+        config: Of the model that was exported; `segment` cuts windows by it.
         input_size: (height, width) pixels that the graph is bound to, or None if it takes any.
         training: Always False.
         device: Where tensors are expected and returned: the CPU.
@@ -94,61 +94,38 @@ class OnnxModel:
     dtype = torch.float32
 
     def __init__(self, session: "onnxruntime.InferenceSession", config: DepictConfig):
-        import onnxruntime
-
         self.config = config
         self._session = session
-        # Label maps and enlarged logits are left out: outputs that were not asked for would be computed all the same.
-        self._options = onnxruntime.RunOptions()
-        self._options.only_execute_path_to_fetches = True
-        names = {output.name for output in session.get_outputs()}
-        self._output = "patch_logits" if "patch_logits" in names else "logits"
+        [self._output] = {"logits", "patch_logits"} & {output.name for output in session.get_outputs()}
         [pixel_values] = session.get_inputs()
         size = tuple(pixel_values.shape[-2:])
         self.input_size = size if all(isinstance(side, int) for side in size) else None
 
     def __call__(self, pixel_values: Tensor) -> DepictSemanticSegmenterOutput:
-        """Segment images.
+        """Segment images as a whole.
 
         Args:
-            pixel_values: `(batch, channels, height, width)`, normalised; a side longer than `config.window_size`
-                makes windows.
+            pixel_values: `(batch, channels, height, width)`, normalised.
 
         Returns:
-            `logits` as of `DepictSemanticSegmenterOutput`.
+            `logits` as of `DepictSemanticSegmenterOutput`: on the patch grid or, where that would cover padding, at
+            the input's size.
 
         Raises:
             ValueError: If the graph does not take images of this size.
         """
-        window_size = self.config.window_size
-        if window_size is not None and max(pixel_values.shape[-2:]) > window_size:
-            return DepictSemanticSegmenterOutput(logits=self._windowed_logits(pixel_values, window_size))
-        return DepictSemanticSegmenterOutput(logits=self._whole_logits(pixel_values))
-
-    def _whole_logits(self, pixel_values: Tensor) -> Tensor:
-        """Logits of whole images, on the patch grid or, where that would cover padding, at the input's size."""
         height, width = pixel_values.shape[-2:]
         if self.input_size not in (None, (height, width)):
             raise ValueError(
                 f"Got images of {height}x{width} pixels, but the graph takes {self.input_size[0]}x"
-                f"{self.input_size[1]}; use the image processor saved beside it at scale 1, or export without --size."
+                f"{self.input_size[1]}; call `segment` with the image processor saved beside it, at scale 1 unless it "
+                "has windows, or export without --size."
             )
         values = pixel_values.to(self.device, self.dtype).contiguous().numpy()
-        [logits] = self._session.run([self._output], {"pixel_values": values}, self._options)
+        [logits] = self._session.run([self._output], {"pixel_values": values})
         logits = torch.from_numpy(logits)
         patch_size = self.config.encoder_patch_size
         if self._output == "patch_logits" and (height % patch_size or width % patch_size):
             padded_size = (height + -height % patch_size, width + -width % patch_size)
             logits = resize_bilinear(logits, padded_size)[..., :height, :width]
-        return logits
-
-    def _windowed_logits(self, pixel_values: Tensor, window_size: int) -> Tensor:
-        """Merged logits of all windows, at the input's size."""
-        size = tuple(pixel_values.shape[-2:])
-        enlarged = enlarge_to_window(pixel_values, window_size)
-        enlarged_size = tuple(enlarged.shape[-2:])
-        corners = window_corners(enlarged_size, window_size, self.config.window_stride or window_size)
-        windows = cut_windows(enlarged, corners, window_size)
-        logits = torch.cat([self._whole_logits(part) for part in windows.split(WINDOWS_PER_PASS)])
-        merged = merge_windows(list(logits.split(len(pixel_values))), corners, enlarged_size, window_size)
-        return resize_bilinear(merged, size)
+        return DepictSemanticSegmenterOutput(logits=logits)

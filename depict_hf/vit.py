@@ -13,6 +13,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_depict import DepictConfig
 
+# Attention weights that `attend_by_heads` forms at a time.
+WEIGHTS_TOGETHER = 2**22
+
 
 @dataclass
 class LayerRecord:
@@ -80,11 +83,50 @@ def attend(
         Context `(batch, queries, heads * head_dim)`, and weights `(batch, heads, queries, keys)` or None.
     """
     implementation = "eager" if output_attentions else module.config._attn_implementation
+    if implementation == "sdpa" and _is_slow_in_sdpa(query, dropout if module.training else 0.0):
+        return attend_by_heads(query, key, value).flatten(2), None
     function: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     context, weights = function(
         module, query, key, value, None, dropout=dropout if module.training else 0.0, scaling=query.shape[-1] ** -0.5
     )
     return context.flatten(2), weights if output_attentions else None
+
+
+def attend_by_heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention written out for a few heads at a time, so that their weights are still in the cache when they are used.
+
+    Args:
+        query: `(batch, heads, queries, head_dim)`.
+        key: `(batch, heads, keys, head_dim)`.
+        value: `(batch, heads, keys, head_dim)`.
+
+    Returns:
+        Context `(batch, queries, heads, head_dim)`.
+    """
+    batch_size, num_heads = query.shape[:2]
+    num_together = max(1, WEIGHTS_TOGETHER // (query.shape[2] * key.shape[2]))
+    query, key, value = (tokens.flatten(0, 1) for tokens in (query * query.shape[-1] ** -0.5, key, value))
+    # Mixed precision would compute the softmax in float32, in memory of its own.
+    with torch.autocast(query.device.type, enabled=False):
+        context = [
+            torch.bmm(torch.bmm(some, keys.transpose(1, 2)).softmax(dim=-1), values)
+            for some, keys, values in zip(*(tokens.split(num_together) for tokens in (query, key, value)), strict=True)
+        ]
+    return torch.cat(context).unflatten(0, (batch_size, num_heads)).transpose(1, 2)
+
+
+def _is_slow_in_sdpa(query: Tensor, dropout: float) -> bool:
+    """Whether matrix products are faster than PyTorch's fused kernel: in bfloat16 on CPUs, where no gradient is asked.
+
+    There the fused kernel is about as slow as in float32, while matrix products gain.
+    """
+    return (
+        query.dtype == torch.bfloat16
+        and query.device.type == "cpu"
+        and dropout == 0
+        and not (torch.is_grad_enabled() and query.requires_grad)
+        and not torch.compiler.is_compiling()
+    )
 
 
 class ViTAttention(nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from depict_hf.cli import main
 from depict_hf.inference import segment
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
+SIZE = {"shortest_edge": 32}
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def model_folder(tmp_path):
     folder = tmp_path / "model"
     names = {0: "sky", 1: "road", 2: "car", 3: "tree", 4: "sign"}
     tiny_model("ca", id2label=names, label2id={v: k for k, v in names.items()}).save_pretrained(folder)
-    DepictImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder)
+    DepictImageProcessor(size=SIZE).save_pretrained(folder)
     return folder
 
 
@@ -86,12 +88,12 @@ def test_wrong_options_are_not_blamed_on_photos(option, message, model_folder, t
 
 
 def test_folders_and_equal_names(model_folder, tmp_path):
-    """Names that differ only in case count as equal, since some file systems take them so."""
+    """Names that differ only in case count as equal, since some file systems take them so; one file counts once."""
     save_photo(tmp_path / "day" / "street.jpg", seed=1)
     save_photo(tmp_path / "night" / "Street.PNG", seed=2)
     (tmp_path / "night" / "notes.txt").write_text("no photograph")
     output = tmp_path / "out"
-    folders = [str(tmp_path / "day"), str(tmp_path / "night")]
+    folders = [str(tmp_path / "day"), str(tmp_path / "night"), str(tmp_path / "day" / "street.jpg")]
     assert main(["segment", *folders, "--model", str(model_folder), "--output", str(output)]) == 0
     names = {path.name for path in output.glob("*_labels.png")}
     assert names == {"street_labels.png", "Street_2_labels.png"}
@@ -112,6 +114,9 @@ def test_photos_are_not_overwritten(model_folder, tmp_path, capsys):
     [
         (["segment", "EMPTY"], "holds no image files"),
         (["segment", "PHOTO", "--model", "EMPTY"], "cannot load the model"),
+        (["segment", "PHOTO", "--model", "EMPTY", "--backend", "onnxruntime"], "EMPTY holds no model.onnx; make such"),
+        (["export", "EMPTY", "OUT"], "cannot load the model"),
+        (["export", "EMPTY", "EMPTY/.."], "is not an empty folder"),
         (["segment", "PHOTO"], "carries no model; name one with --model"),
         (["convert", "EMPTY", "OUT"], "checkpoint.pth does not exist"),
         (["convert", "EMPTY", "EMPTY/.."], "is not an empty folder"),
@@ -153,6 +158,39 @@ def test_damaged_models_are_refused(damage, message, model_folder, tmp_path, cap
     errors = capsys.readouterr().err
     assert f"{model_folder}" in errors and message in errors
     assert not output.exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--scales", "1", "1.5", "--flip"]])
+def test_exported_models_label_as_pytorch_does(options, tmp_path, capsys):
+    """Photographs of another shape than the window, which is what the file takes."""
+    model, image_processor = tiny_model("linear", window_size=32, window_stride=20), DepictImageProcessor(size=SIZE)
+    model.save_pretrained(tmp_path / "model")
+    image_processor.save_pretrained(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "onnx")]) == 0
+    assert "model.onnx: pixel_values of 32 x 32 pixels, in batches, to logits" in capsys.readouterr().out
+
+    photo = save_photo(tmp_path / "photo.png")
+    for folder, backend in (("model", "pytorch"), ("onnx", "onnxruntime")):
+        arguments = ["--model", str(tmp_path / folder), "--backend", backend, "--output", str(tmp_path / backend)]
+        assert main(["segment", str(photo), *arguments, *options]) == 0
+    maps = [np.array(PIL.Image.open(tmp_path / name / "photo_labels.png")) for name in ("pytorch", "onnxruntime")]
+    assert len(np.unique(maps[0])) > 2
+    assert (maps[0] == maps[1]).mean() > 0.999
+
+
+def test_export_passes_its_options_on(model_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--format", "torch-export", "--size", "40", "56", "--labels"]
+    assert main(["export", str(model_folder), str(out), *arguments]) == 0
+    assert "model.pt2: pixel_values of 40 x 56 pixels, in batches, to logits, labels" in capsys.readouterr().out
+    outputs = torch.export.load(out / "model.pt2").module()(torch.zeros(1, 3, 40, 56))
+    assert outputs["logits"].shape == (1, 5, 5, 7) and outputs["labels"].shape == (1, 40, 56)
+
+
+def test_onnx_without_its_packages(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert main(["export", str(model_folder), str(tmp_path / "out")]) == 2
+    assert "depict: The package onnxscript is needed for ONNX" in capsys.readouterr().err
 
 
 def test_unknown_devices_are_refused(model_folder, tmp_path, capsys):

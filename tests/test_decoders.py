@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_config, tiny_model
 
 from depict_hf import DepictForSemanticSegmentation
-from depict_hf.decoders import class_logits
+from depict_hf.decoders import class_logits, pool_adaptively
 
 GRID = (4, 6)
 
@@ -111,6 +112,16 @@ def test_linear_decoder(patches):
     decoder = tiny_model("linear").decoder
     expected = (patches @ decoder.classifier.weight.T + decoder.classifier.bias).transpose(1, 2).reshape(2, 5, *GRID)
     torch.testing.assert_close(decoder(patches, GRID), expected)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (10, 10), (23, 57), (1, 11)])
+def test_pooling_while_tracing_equals_the_kernel(grid, monkeypatch):
+    """Bins that overlap, that hold one patch and that hold several."""
+    features = torch.randn(2, 3, *grid, generator=torch.Generator().manual_seed(3))
+    expected = pool_adaptively(features, (10, 9))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.delattr(F, "adaptive_avg_pool2d")
+    torch.testing.assert_close(pool_adaptively(features, (10, 9)), expected)
 
 
 def test_prefix_tokens_are_refused(decoder_type):

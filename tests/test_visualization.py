@@ -80,7 +80,9 @@ def test_contact_sheets_refuse_what_does_not_fit():
     photo = PIL.Image.new("RGB", (3, 2))
     with pytest.raises(ValueError, match="no rows"):
         contact_sheet([], COLORS, NAMES)
-    with pytest.raises(ValueError, match=r"street: got a photograph of \(2, 3\) and label maps of \(2, 3\) and \(3, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"street: got a photograph of \(2, 3\) and label maps of \(2, 3\) and \(3, 2\)"
+    ):
         contact_sheet([SheetRow("street", photo, IDS, IDS.T)], COLORS, NAMES)
     with pytest.raises(ValueError, match="1 names and 3 colours"):
         contact_sheet([SheetRow("street", photo, IDS, IDS)], COLORS, NAMES[:1])
