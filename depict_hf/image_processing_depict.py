@@ -1,7 +1,4 @@
-"""Images to tensors, segmentation maps to labels, logits to label maps.
-
-This file imports nothing of the package, so that a copy of it in a model folder works as remote code.
-"""
+"""Images to tensors, segmentation maps to labels, logits to label maps."""
 
 import numpy as np
 import PIL.Image
@@ -14,6 +11,8 @@ from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
+
+from .windows import CoarseScores, label_map, resize_bilinear
 
 IGNORE_LABEL = 255
 SIZE_KEYS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
@@ -180,11 +179,11 @@ class DepictImageProcessor(TorchvisionBackend):
         for index, scores in enumerate(logits):
             size = scores.shape[-2:] if target_sizes is None else tuple(int(side) for side in target_sizes[index])
             if return_segmentation_scores:
-                scores = F.interpolate(scores[None].float(), size, mode="bilinear")[0] if target_sizes else scores
+                scores = scores if target_sizes is None else resize_bilinear(scores[None].float(), size)[0]
                 data = {"segmentation": scores.argmax(dim=0), "segmentation_scores": scores}
                 results.append(SemanticSegmentationPostProcessorOutput(data))
-            else:
-                results.append(_best_classes(scores, size))
+            else:  # without scores of all classes at full size
+                results.append(label_map([CoarseScores.from_windows([scores], [(0, 0)], size, size, size)]).long())
         return results
 
     def _standardize_kwargs(self, **kwargs) -> dict:
@@ -265,25 +264,6 @@ class DepictImageProcessor(TorchvisionBackend):
                 group = self.resize(group, size, resample=resample, antialias=do_antialias)
             groups[shape] = self.rescale_and_normalize(group, *normalization)
         return reorder_images(groups, order)
-
-
-def _best_classes(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Argmax of `(num_labels, height, width)` resized to `size`, for so few rows at a time that they fit in a cache.
-
-    Along one axis, bilinear interpolation is the matrix that it makes of the unit matrix.
-    """
-    if tuple(scores.shape[-2:]) == size:
-        return scores.argmax(dim=0)
-    scores = scores.permute(1, 2, 0)
-    vertical = F.interpolate(torch.eye(len(scores))[None, None], (size[0], len(scores)), mode="bilinear")[0, 0]
-    step = max(1, (2**19 if scores.device.type == "cpu" else 2**25) // (size[1] * scores.shape[-1]))
-    bands = []
-    for operator in vertical.split(step):
-        used = operator.any(dim=0).nonzero()[:, 0]
-        rows = slice(used[0], used[-1] + 1)
-        narrow = torch.tensordot(operator[:, rows].to(scores.device), scores[rows].float(), dims=1).permute(2, 0, 1)
-        bands.append(F.interpolate(narrow[None], (len(operator), size[1]), mode="bilinear")[0].argmax(dim=0))
-    return torch.cat(bands)
 
 
 def _flatten(images) -> list:

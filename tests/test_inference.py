@@ -1,4 +1,7 @@
-"""The protocol, step by step in plain tensor operations, against `segment`."""
+"""The protocol, step by step in plain tensor operations, against `segment`; what shares a pass; files and threads."""
+
+import threading
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -6,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from depict_hf import DepictImageProcessor
-from depict_hf.inference import load_photo, segment
+from depict_hf.inference import load_photo, segment, segment_files, segment_stream
+from training.measurement import peak_extra_bytes
 
 
 @pytest.fixture
@@ -114,6 +119,7 @@ def test_sixteen_bit_photographs_keep_their_contrast(tmp_path):
         ([torch.zeros(3, 4, 5)], {}, "Got a Tensor, needed a PIL image"),
         ([], {"scales": ()}, "needed one or more positive numbers"),
         ([], {"scales": (1.0, -1.0)}, "needed one or more positive numbers"),
+        ([], {"max_batch_pixels": 0}, "Got max_batch_pixels=0, needed at least 1"),
     ],
 )
 def test_wrong_arguments_are_refused(images, options, message, image_processor):
@@ -126,6 +132,126 @@ def test_training_mode_and_scales_without_resizing_are_refused(photo):
         segment(tiny_model().train(), DepictImageProcessor(), [photo])
     with pytest.raises(ValueError, match="does not resize"):
         segment(tiny_model(), DepictImageProcessor(do_resize=False), [photo], scales=(0.5,))
+
+
+def random_photos(*sizes) -> list[np.ndarray]:
+    generator = np.random.default_rng(1)
+    return [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """(model, list of the shapes of its inputs) with windows of 32 pixels, stride 20."""
+    model, shapes = window_model(), []
+    model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    return model, shapes
+
+
+def test_windows_of_photographs_scales_and_flips_share_passes(passes, image_processor):
+    """32 x 64 pixels have 3 windows, 32 x 32 one, at scale 2 18 and 9 more; each twice for the mirror image."""
+    model, shapes = passes
+    photos = random_photos((32, 64), (32, 32), (32, 64))
+    segment(model, image_processor, photos)
+    assert shapes == [(7, 3, 32, 32)]
+    shapes.clear()
+    segment(model, image_processor, photos[:2], scales=(1.0, 2.0), flip=True)
+    assert shapes == [(2 * (3 + 1 + 18 + 9), 3, 32, 32)]
+
+
+@pytest.mark.parametrize("windows_per_pass", [1, 2, 5])
+def test_passes_keep_within_the_bound_and_change_nothing(windows_per_pass, passes, image_processor):
+    model, shapes = passes
+    photos = random_photos((32, 64), (70, 50), (32, 32), (50, 70))
+    expected = segment(model, image_processor, photos, flip=True)
+    shapes.clear()
+    bound = windows_per_pass * 32 * 32 + 100
+    found = segment(model, image_processor, photos, flip=True, max_batch_pixels=bound)
+    assert max(batch for batch, *_ in shapes) == windows_per_pass
+    for each, other in zip(found, expected, strict=True):
+        assert (each == other).float().mean() > 0.999
+
+
+def test_images_of_different_sizes_wait_for_their_like(image_processor):
+    """Without windows, whole images of one size share a pass, in whichever order they come."""
+    model, shapes = tiny_model(), []
+    photos = random_photos((32, 48), (48, 32), (32, 48), (48, 32), (32, 32))
+    expected = [segment(model, image_processor, [photo])[0] for photo in photos]
+    model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    found = segment(model, image_processor, photos)
+    assert sorted(shapes) == [(1, 3, 32, 32), (2, 3, 32, 48), (2, 3, 48, 32)]
+    for each, other in zip(found, expected, strict=True):
+        assert (each == other).float().mean() > 0.999
+
+
+def test_a_stream_takes_photographs_only_as_it_needs_them(image_processor):
+    taken = []
+
+    def photos():
+        for photo in random_photos(*[(32, 32)] * 6):
+            taken.append(photo)
+            yield photo
+
+    maps = segment_stream(tiny_model(), image_processor, photos(), max_batch_pixels=2 * 32 * 32)
+    next(maps)
+    assert len(taken) == 2
+    assert len(list(maps)) == 5
+
+
+def test_files_come_back_in_order_with_their_errors(photo, image_processor, tmp_path):
+    """Unreadable files at the start, in the middle and at the end; what is written comes from another thread."""
+    names = ["no.png", "a.png", "broken.png", "b.png", "c.png", "none.png"]
+    for name, angle in (("a", 0), ("b", 90), ("c", 180)):
+        photo.rotate(angle, expand=True).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
+    model, threads = tiny_model(), set()
+
+    def finish(path, upright, labels):
+        threads.add(threading.current_thread())
+        return path.name, upright.size, labels
+
+    files = list(segment_files(model, image_processor, [tmp_path / name for name in names], finish))
+    assert [file.path.name for file in files] == names
+    assert [isinstance(file.error, OSError) for file in files] == [True, False, True, False, False, True]
+    expected = segment(model, image_processor, [tmp_path / f"{name}.png" for name in "abc"])
+    for file, labels in zip([files[1], files[3], files[4]], expected, strict=True):
+        name, size, found = file.result
+        assert (name, size[::-1]) == (file.path.name, tuple(labels.shape))
+        assert torch.equal(found, labels)
+    assert threading.current_thread() not in threads
+
+
+def test_what_finishing_raises_is_not_swallowed(photo, image_processor, tmp_path):
+    photo.save(tmp_path / "photo.png")
+
+    def finish(path, upright, labels):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        list(segment_files(tiny_model(), image_processor, [tmp_path / "photo.png"], finish))
+
+
+@pytest.mark.parametrize("windows", [{}, {"window_size": 32, "window_stride": 20}])
+def test_a_compiled_model_is_not_compiled_anew_for_each_photograph(windows, image_processor, decoder_type):
+    """No graph breaks, and three graphs: one for the first size, one for any, one for square images or single ones."""
+    model = tiny_model(decoder_type, **windows)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    sizes = [(50, 70), (70, 50), (64, 90), (41, 41), (45, 97), (80, 60), (33, 120), (52, 52), (100, 47)]
+    for photo in random_photos(*sizes):
+        labels = segment(compiled, image_processor, [photo])[0]
+        assert (labels == segment(model, image_processor, [photo])[0]).float().mean() > 0.999
+    assert 1 <= counter.frame_count <= 3
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_no_scores_of_all_classes_at_full_size(image_processor):
+    """A photograph of 2 megapixels and 150 classes: all scores at its size would be 1.2 GB."""
+    model = tiny_model("linear", num_labels=150)
+    [photo] = random_photos((1000, 2000))
+    segment(model, image_processor, [photo])
+    assert peak_extra_bytes(lambda: segment(model, image_processor, [photo])) < 2e8
+    assert peak_extra_bytes(lambda: segment(model, image_processor, [photo], scales=(1.0, 1.5), flip=True)) < 2e8
 
 
 def test_unreadable_files_raise_oserror(tmp_path):

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from depict_hf import DepictForSemanticSegmentation
+from depict_hf import DepictForSemanticSegmentation, windows
 from depict_hf.modeling_depict import segmentation_loss
+from training.measurement import peak_extra_bytes
 
 LABELS = torch.randint(0, 5, (2, 32, 48), generator=torch.Generator().manual_seed(2))
 
@@ -52,6 +55,35 @@ def test_loss_is_cross_entropy_at_the_labels_size(pixel_values):
     output = model(pixel_values, labels=labels)
     logits = F.interpolate(output.logits, (32, 48), mode="bilinear")
     torch.testing.assert_close(output.loss, F.cross_entropy(logits, labels, ignore_index=255))
+
+
+@pytest.mark.parametrize("band_elements", [2**19, 700])  # all rows at once, and a few
+def test_loss_by_bands_is_exact(band_elements, monkeypatch):
+    """Value and gradient in float64, against the full-size logits'; sizes that do not divide, a third ignored."""
+    monkeypatch.setitem(windows.BAND_ELEMENTS, "cpu", band_elements)
+    generator = torch.Generator().manual_seed(3)
+    logits = 5 * torch.randn(2, 5, 4, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 6, (2, 35, 50), generator=generator)
+    labels[labels == 5] = 255
+    gradients = []
+    for loss_of in (
+        lambda scores: segmentation_loss(scores, labels, 255),
+        lambda scores: F.cross_entropy(F.interpolate(scores, (35, 50), mode="bilinear"), labels, ignore_index=255),
+    ):
+        leaf = logits.clone().requires_grad_()
+        loss = loss_of(leaf)
+        (3 * loss).backward()
+        gradients.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_loss_by_bands_needs_little_memory():
+    """Logits at full size and their gradient would be 300 MB; enlarged in width only, they are 10 MB each."""
+    logits = torch.randn(1, 150, 16, 500, requires_grad=True)
+    labels = torch.randint(0, 150, (1, 500, 500))
+    segmentation_loss(logits, labels, 255).backward()
+    assert peak_extra_bytes(lambda: segmentation_loss(logits, labels, 255).backward()) < 6e7
 
 
 def test_a_batch_without_labelled_pixels_has_zero_loss_and_gradient(pixel_values):

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config, tiny_model
 
+from depict_hf import vit
 from depict_hf.conversion import load_encoder
-from depict_hf.vit import LayerRecord, drop_path_rates, resize_positions
+from depict_hf.vit import LayerRecord, attend_by_heads, drop_path_rates, resize_positions
 
 
 def test_equals_timm_on_a_grid_of_another_shape():
@@ -67,6 +68,30 @@ def test_attention_implementations_agree(implementation, pixel_values):
     expected = model(pixel_values).logits
     model.set_attn_implementation(implementation)
     torch.testing.assert_close(model(pixel_values).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_heads_together", [1, 2, 100])
+def test_attention_written_out(num_heads_together, monkeypatch):
+    monkeypatch.setattr(vit, "WEIGHTS_TOGETHER", num_heads_together * 5 * 7)
+    query, key, value = (torch.randn(2, 3, length, 8, dtype=torch.float64) for length in (5, 7, 7))
+    expected = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    torch.testing.assert_close(attend_by_heads(query, key, value), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode", "written_out"),
+    [
+        (torch.bfloat16, torch.inference_mode, True),
+        (torch.float32, torch.inference_mode, False),
+        (torch.bfloat16, torch.enable_grad, False),  # would keep the weights of all layers
+    ],
+)
+def test_attention_is_written_out_where_that_is_faster(dtype, mode, written_out, pixel_values, monkeypatch):
+    calls = []
+    monkeypatch.setattr(vit, "attend_by_heads", lambda *tensors: calls.append(tensors) or attend_by_heads(*tensors))
+    with mode():
+        tiny_model("linear").to(dtype)(pixel_values.to(dtype))
+    assert len(calls) == (2 if written_out else 0)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(pixel_values, decoder_type):
