@@ -324,18 +324,18 @@ class _CrossEntropyByBands(torch.autograd.Function):
             labels: `(batch, height, width)`, integers.
         """
         needs_gradient = ctx.needs_input_grad[0]
-        rows = logits.permute(2, 0, 3, 1).contiguous()
+        rows = logits.permute(2, 0, 1, 3).contiguous()
         gradient = torch.zeros_like(rows) if needs_gradient else None
         total = logits.new_zeros(())
         with torch.autocast(logits.device.type, enabled=False):
             for band, operator, used in upsampling_bands(len(rows), labels.shape[1], rows[0].numel(), logits):
-                scores = torch.tensordot(operator, rows[used], dims=1).log_softmax(dim=-1)
-                targets = labels[:, band].transpose(0, 1)
-                kept = (targets != ignore_index)[..., None]
-                targets = torch.where(kept, targets[..., None], 0).long()
-                total -= (scores.gather(-1, targets) * kept).sum()
+                scores = torch.tensordot(operator, rows[used], dims=1).log_softmax(dim=2)
+                targets = labels[:, band].transpose(0, 1)[:, :, None]
+                kept = targets != ignore_index
+                targets = torch.where(kept, targets, 0).long()
+                total -= (scores.gather(2, targets) * kept).sum()
                 if needs_gradient:
-                    scores = scores.exp_().scatter_add_(-1, targets, scores.new_full((), -1).expand(targets.shape))
+                    scores = scores.exp_().scatter_add_(2, targets, scores.new_full((), -1).expand(targets.shape))
                     gradient[used] += torch.tensordot(operator.T, scores.mul_(kept), dims=1)
         if needs_gradient:
             ctx.save_for_backward(gradient)
@@ -345,4 +345,4 @@ class _CrossEntropyByBands(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
         [gradient] = ctx.saved_tensors
-        return (gradient * grad_output).permute(1, 3, 0, 2), None, None
+        return (gradient * grad_output).permute(1, 2, 0, 3), None, None
