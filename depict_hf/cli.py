@@ -37,6 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument("--alpha", type=float, default=0.5, help="weight of the colours in the overlay (%(default)s)")
     segment.add_argument("--device", default="cpu", help="cpu, cuda, mps, ... (%(default)s)")
     segment.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="to compute in; bfloat16 is faster where processors know it (%(default)s)",
+    )
+    segment.add_argument(
         "--backend",
         choices=("pytorch", "onnxruntime"),
         default="pytorch",
@@ -64,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "any size (onnx) or any multiples of the patch (torch-export)",
     )
     export.add_argument("--labels", action="store_true", help="also output label maps, at the input's size")
+    export.add_argument("--int8", action="store_true", help="onnx: matrix products in 8-bit integers")
     return parser
 
 
@@ -75,8 +82,7 @@ def segment_photos(args: argparse.Namespace) -> int:
 
     paths = list(dict.fromkeys(_expand(args.photos)))
     targets = dict(zip(paths, _targets(paths, args.output), strict=True))
-    load = _load_export if args.backend == "onnxruntime" else _load_model
-    model, image_processor = load(args.model, args.device)
+    model, image_processor = _load_model(args.model, args.device, args.dtype, args.backend)
     args.output.mkdir(parents=True, exist_ok=True)
 
     def write(path: Path, photo, segmentation) -> str:
@@ -96,51 +102,13 @@ def segment_photos(args: argparse.Namespace) -> int:
     return 1 if num_failed else 0
 
 
-def _load_model(name: str, device: str):
-    """Model in float32 and its image processor; every weight must come from the files.
-
-    Raises:
-        OSError: If there is no default model.
-        ValueError: If the model cannot be loaded whole, or not to this device.
-    """
-    import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    from . import DepictForSemanticSegmentation, DepictImageProcessor
+def _load_model(name: str, device: str, dtype: str = "float32", backend: str = "pytorch"):
+    """As `loading.load_model`; FileNotFoundError where the default model is asked for and not installed."""
+    from .loading import load_model
 
     if name == str(DEFAULT_MODEL) and not DEFAULT_MODEL.is_dir():
         raise FileNotFoundError("This installation carries no model; name one with --model FOLDER_OR_HUB_NAME.")
-    # Missing files, wrong settings, damaged weights, weights of other shapes or no such device (AssertionError where
-    # torch was built without it).
-    try:
-        model, loading = DepictForSemanticSegmentation.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
-        image_processor = DepictImageProcessor.from_pretrained(name)
-        model = model.eval().to(device)
-    except (OSError, ValueError, StrictDataclassError, SafetensorError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot load the model {name} to {device}: {error}") from error
-    # transformers only logs these, and fills missing weights with random numbers.
-    for kind in ("missing_keys", "unexpected_keys"):
-        if loading[kind]:
-            keys = ", ".join(sorted(loading[kind])[:3])
-            raise ValueError(f"{name} does not hold the weights its config.json describes; {kind}: {keys}, ...")
-    return model, image_processor
-
-
-def _load_export(folder: str, device: str):
-    """Exported model behind ONNX Runtime, and its image processor.
-
-    Raises:
-        OSError: If the folder holds no export.
-        ValueError: If it cannot be read, or not on this device.
-        ImportError: If ONNX Runtime is missing.
-    """
-    from . import DepictImageProcessor
-    from .onnx_backend import load_onnx
-
-    return load_onnx(folder, device), DepictImageProcessor.from_pretrained(folder)
+    return load_model(name, device, dtype, backend)
 
 
 def _write_pictures(photo, segmentation, overlay_path: Path, labels_path: Path, config, alpha: float) -> str:
@@ -182,7 +150,7 @@ def export_file(args: argparse.Namespace) -> int:
     _check_empty(args.output)
     model, image_processor = _load_model(args.model, "cpu")
     size = tuple(args.size) if args.size else None
-    path, size, outputs = export_model(model, image_processor, args.output, args.format, size, args.labels)
+    path, size, outputs = export_model(model, image_processor, args.output, args.format, size, args.labels, args.int8)
     if size:
         sides = f"{size[0]} x {size[1]}"
     else:

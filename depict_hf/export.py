@@ -90,6 +90,7 @@ def export_model(
     file_format: str = "onnx",
     size: tuple[int, int] | None = None,
     labels: bool = False,
+    int8: bool = False,
 ) -> ExportedFile:
     """Write a model as one file that computes `ExportedGraph` in float32, with its settings beside it.
 
@@ -99,7 +100,7 @@ def export_model(
     own position embeddings, as DINOv2 does, refuses exactly that size). `size` fixes one size instead. Where the size
     is fixed, position embeddings are resized once, here; in a program of "torch-export", a backbone's are not.
 
-    What was written is run on a random image and compared with the model.
+    What was written is run on a random image and compared with the model; `int8` comes after that.
 
     Args:
         model: On any device, in any mode and precision; not changed.
@@ -108,6 +109,8 @@ def export_model(
         file_format: A key of `FILE_NAMES`.
         size: (height, width) pixels of the input, processed as one image.
         labels: Whether label maps at the input's size are an output.
+        int8: For "onnx", whether weights of linear layers are kept as 8-bit integers, one scale for each output, and
+            multiplied as such with their inputs, which are rounded to 8 bits by their range in each call.
 
     Raises:
         ValueError: If an argument has no meaning here, or the exporter cannot export this model truthfully.
@@ -115,6 +118,8 @@ def export_model(
     """
     if file_format not in FILE_NAMES:
         raise ValueError(f"Unknown format {file_format!r}; choose one of {', '.join(FILE_NAMES)}.")
+    if int8 and file_format != "onnx":
+        raise ValueError(f'Got int8 for format {file_format!r}, needed "onnx".')
     if file_format == "onnx":
         from .onnx_backend import require_onnx
 
@@ -141,6 +146,8 @@ def export_model(
         else:
             torch.export.save(program, path)
         _verify(graph, path, channels, size)
+        if int8:
+            _quantize(path)
     # Exporters raise errors of many kinds, mostly where a backbone's input size is left free.
     except Exception as error:
         path.unlink(missing_ok=True)
@@ -231,6 +238,21 @@ def _write_onnx(program: torch.export.ExportedProgram, output_names: list[str], 
         )
     # Weights beyond protobuf's 2 GB still go to a file of their own.
     converted.save(path, external_data=False)
+
+
+def _quantize(path: Path) -> None:
+    """Round the weights of linear layers in an ONNX file, in place."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet("root"):  # it recommends to simplify the graph first, which the exporter has done
+        quantize_dynamic(
+            path,
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},  # products of two activations, as in attention, stay
+        )
 
 
 @contextmanager

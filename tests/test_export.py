@@ -304,3 +304,22 @@ def test_the_shipped_model(tmp_path):
     [expected] = segment(model, image_processor, [photo])
     [found] = segment(load_onnx(tmp_path), DepictImageProcessor.from_pretrained(tmp_path), [photo])
     assert share_equal(found, expected) > 0.999
+
+
+@torch.no_grad()
+def test_int8_files_multiply_in_integers_and_stay_close(tmp_path):
+    model = export_tiny("sa", window_size=32)
+    export_model(model, DepictImageProcessor(), tmp_path, int8=True)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    # Encoder: queries with keys and values, output, two layers of the perceptron. Decoder: projection, output.
+    assert [node.op_type for node in graph.node].count("MatMulInteger") == 6
+    assert not [each for each in graph.initializer if each.data_type == onnx.TensorProto.FLOAT and len(each.dims) == 2]
+    pixel_values = random_images(4, 3, 32, 32)
+    logits, expected = run(tmp_path, pixel_values)["logits"], model(pixel_values).logits
+    assert 0 < (logits - expected).abs().mean() < 0.1 * expected.std()
+
+
+def test_int8_is_for_onnx(tmp_path):
+    with pytest.raises(ValueError, match="Got int8 for format 'torch-export', needed \"onnx\""):
+        export_model(export_tiny(), DepictImageProcessor(), tmp_path / "out", "torch-export", int8=True)
+    assert not (tmp_path / "out").exists()

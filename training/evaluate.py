@@ -14,8 +14,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
-from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.labels import colors_for
+from depict_hf.loading import BACKENDS, DTYPES, load_model
 
 from .augmentation import IGNORE_INDEX
 from .checks import open_samples
@@ -26,7 +26,6 @@ from .metrics import EvaluateMeanIoU, largest_difference
 from .records import environment, percent, render_table, write_json
 from .worst_images import WorstImages
 
-AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CROSS_CHECK_TOLERANCE = 1e-9
 
 
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         state = start_processes()
         record = run(arguments, state) | {"environment": started_in}
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if state.is_main_process:
@@ -95,7 +94,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes relative to the model's own")
     parser.add_argument("--flip", action="store_true", help="average with the mirror image")
-    parser.add_argument("--dtype", choices=AUTOCAST, default="float32", help="other than float32: mixed precision")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and computation (%(default)s)")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="pytorch", help="onnxruntime: the model is a folder of `depict export`"
+    )
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="images at a time (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the record")
@@ -111,24 +113,8 @@ def settings(arguments: argparse.Namespace, state: PartialState) -> tuple[Protoc
         if getattr(arguments, name) < least:
             option = name.replace("_", "-")
             raise ValueError(f"Got --{option} {getattr(arguments, name)}, needed at least {least}.")
-    protocol = Protocol(
-        tuple(arguments.scales), arguments.flip, AUTOCAST[arguments.dtype], max_images=arguments.max_images
-    )
+    protocol = Protocol(tuple(arguments.scales), arguments.flip, max_images=arguments.max_images)
     return protocol, Execution(arguments.batch_size, arguments.workers, state)
-
-
-def load_model(name: str, device: torch.device | str) -> tuple[DepictForSemanticSegmentation, DepictImageProcessor]:
-    """Model with float32 weights in evaluation mode, and its image processor.
-
-    Raises:
-        OSError: If it cannot be found.
-        ValueError: If weights are missing, which would be filled with random numbers.
-    """
-    model, loading = DepictForSemanticSegmentation.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    if loading["missing_keys"]:
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise ValueError(f"{name} lacks weights that its config.json describes, among them {missing}.")
-    return model.eval().to(device), DepictImageProcessor.from_pretrained(name)
 
 
 def load_samples(
@@ -175,7 +161,7 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict:
     sheet = check_sheet(arguments.contact_sheet)
     if arguments.metric == "evaluate" and state.num_processes > 1:
         raise ValueError("--metric evaluate keeps every label map in one process; run it without a launcher.")
-    model, image_processor = load_model(arguments.model, state.device)
+    model, image_processor = load_model(arguments.model, state.device, arguments.dtype, arguments.backend)
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     samples = load_samples(arguments, names, bool(image_processor.do_reduce_labels), state)
     check = None

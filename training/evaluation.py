@@ -33,14 +33,12 @@ class Protocol:
 
     Args:
         scales, flip: As for `depict_hf.inference.segment`.
-        autocast: Type to compute in where PyTorch's mixed precision deems it safe; None computes in the model's own.
         corruption: Applied to the photographs.
         max_images: Evaluate at most so many, evenly spaced over the split.
     """
 
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
-    autocast: torch.dtype | None = None
     corruption: Corruption | None = None
     max_images: int | None = None
 
@@ -94,9 +92,6 @@ def evaluate(
     indices = spread(len(samples), protocol.max_images)
     confusion, costs = _count(model, image_processor, samples, indices, protocol, execution, observers)
     results = scores(confusion)
-    precision = str(model.dtype).removeprefix("torch.")
-    if protocol.autocast is not None:
-        precision = f"{precision} weights, {str(protocol.autocast).removeprefix('torch.')} autocast"
     return {
         "metric": "mean IoU",
         "metric_definition": METRIC_DEFINITION,
@@ -112,7 +107,7 @@ def evaluate(
             "corruption": str(protocol.corruption) if protocol.corruption else None,
             "resolution": "each photograph's own",
         },
-        "precision": precision,
+        "precision": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "num_images": len(indices),
         "left_out": list(samples.left_out),
@@ -142,7 +137,6 @@ def _count(
         generator=torch.Generator(),  # so that evaluating does not move the global one
     )
     metric = MeanIoU(samples.num_labels, IGNORE_INDEX)
-    autocast = torch.autocast(device.type, protocol.autocast, enabled=protocol.autocast is not None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model_seconds = metric_seconds = 0.0
@@ -153,8 +147,7 @@ def _count(
                 raise item
         begin = time.perf_counter()
         photos = [image.permute(1, 2, 0).numpy() for _, image, _ in batch]
-        with autocast:
-            predictions = segment(model, image_processor, photos, protocol.scales, protocol.flip)
+        predictions = segment(model, image_processor, photos, protocol.scales, protocol.flip)
         wait_for(device)
         segmented = time.perf_counter()
         pairs = [

@@ -12,8 +12,10 @@ from statistics import fmean
 
 from accelerate import PartialState
 
+from depict_hf.loading import load_model
+
 from .corruptions import CORRUPTIONS, SEVERITIES, Corruption, parse_corruptions
-from .evaluate import add_data_arguments, load_model, load_samples, settings, start_processes
+from .evaluate import add_data_arguments, load_samples, settings, start_processes
 from .evaluation import evaluate, under_corruption
 from .records import environment, percent, write_json
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         state = start_processes()
         corruptions = parse_corruptions(arguments.corruptions, arguments.severities)
         record = compare_models(arguments, corruptions, state) | {"environment": started_in}
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if state.is_main_process:
@@ -72,7 +74,7 @@ def compare_models(arguments: argparse.Namespace, corruptions: Sequence[Corrupti
     protocol, execution = settings(arguments, state)
     names, records = None, {}
     for name in arguments.models:
-        model, image_processor = load_model(name, state.device)
+        model, image_processor = load_model(name, state.device, arguments.dtype, arguments.backend)
         own_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
         if names not in (None, own_names):
             raise ValueError(f"{name} and {arguments.models[0]} have different classes, needed the same.")

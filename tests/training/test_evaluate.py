@@ -18,7 +18,9 @@ import torch
 from conftest import tiny_model
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf.export import export_model
 from depict_hf.inference import segment
+from depict_hf.loading import load_model
 from training import evaluate, evaluation
 from training.corruptions import Corruption
 from training.data import SegmentationDataset, load_dataset_splits
@@ -248,23 +250,34 @@ def test_memory_does_not_grow_with_the_number_of_images(loaded):
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
-def test_mixed_precision_is_used_and_recorded(model_folder, dataset_folder, tmp_path, monkeypatch, name, dtype):
+def test_half_precision_is_used_and_recorded(model_folder, dataset_folder, tmp_path, monkeypatch, name, dtype):
     seen = []
     original = evaluation.segment
 
-    def watched(*arguments):
-        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
-        return original(*arguments)
+    def watched(model, *arguments):
+        seen.append(model.dtype)
+        return original(model, *arguments)
 
     monkeypatch.setattr(evaluation, "segment", watched)
     output = tmp_path / "record.json"
     assert run_command(model_folder, dataset_folder, "--dtype", name, "--output", output) == 0
     assert set(seen) == {dtype}
     record = json.loads(output.read_text())
-    assert record["precision"] == f"float32 weights, {name} autocast"
-    exact = evaluation.evaluate(*evaluate.load_model(str(model_folder), "cpu"), samples_of(dataset_folder))
+    assert record["precision"] == name
+    exact = evaluation.evaluate(*load_model(model_folder), samples_of(dataset_folder))
     assert exact["precision"] == "float32"
     assert record["overall_accuracy"] == pytest.approx(exact["overall_accuracy"], abs=0.05)
+
+
+def test_exported_models_are_evaluated(loaded, model_folder, dataset_folder, tmp_path, capsys):
+    """Through the backend that was asked for: a folder without model.safetensors has nothing else."""
+    folder, output = tmp_path / "onnx", tmp_path / "record.json"
+    export_model(*load_model(model_folder), folder)
+    assert run_command(folder, dataset_folder, "--backend", "onnxruntime", "--output", output) == 0
+    exact = evaluation.evaluate(*loaded[:2], samples_of(dataset_folder))
+    assert json.loads(output.read_text())["mean_iou"] == pytest.approx(exact["mean_iou"], abs=2e-3)
+    assert run_command(folder, dataset_folder, "--backend", "onnxruntime", "--dtype", "bfloat16") == 1
+    assert "Got dtype bfloat16 with ONNX Runtime" in capsys.readouterr().err
 
 
 def samples_of(folder) -> SegmentationDataset:
@@ -395,7 +408,7 @@ def test_models_with_missing_weights_are_refused(dataset_folder, tmp_path, capsy
     weights = {name: value for name, value in model.state_dict().items() if name != "decoder.class_tokens"}
     model.save_pretrained(folder, state_dict=weights)
     assert run_command(folder, dataset_folder) == 1
-    assert "lacks weights that its config.json describes, among them decoder.class_tokens" in capsys.readouterr().err
+    assert "missing_keys: decoder.class_tokens" in capsys.readouterr().err
 
 
 def test_unreadable_images_are_named_by_workers_too(loaded):

@@ -1,0 +1,56 @@
+"""Models as commands load them: every weight from the files, in evaluation mode, by PyTorch or ONNX Runtime."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from .image_processing_depict import DepictImageProcessor
+from .modeling_depict import DepictForSemanticSegmentation
+
+if TYPE_CHECKING:
+    from .onnx_backend import OnnxModel
+
+BACKENDS = ("pytorch", "onnxruntime")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    name: str | Path, device: torch.device | str = "cpu", dtype: str = "float32", backend: str = "pytorch"
+) -> tuple["DepictForSemanticSegmentation | OnnxModel", DepictImageProcessor]:
+    """A model in evaluation mode, and its image processor.
+
+    Args:
+        name: Folder or Hub name; for ONNX Runtime a folder that `depict export` wrote.
+        dtype: Of weights and computation, a key of `DTYPES`.
+        backend: One of `BACKENDS`; exports compute as they were written.
+
+    Raises:
+        ValueError: If it cannot be loaded whole, or not to this device, or the options do not fit each other.
+        OSError: If a folder holds no export.
+        ImportError: If ONNX Runtime is missing.
+    """
+    if backend == "onnxruntime":
+        from .onnx_backend import load_onnx
+
+        if dtype != "float32":
+            raise ValueError(f"Got dtype {dtype} with ONNX Runtime, which computes as the file was written; omit it.")
+        return load_onnx(name, str(device)), DepictImageProcessor.from_pretrained(name)
+    # Missing files, wrong settings, damaged weights, weights of other shapes or no such device (AssertionError where
+    # torch was built without it).
+    try:
+        model, loading = DepictForSemanticSegmentation.from_pretrained(
+            name, dtype=DTYPES[dtype], output_loading_info=True
+        )
+        image_processor = DepictImageProcessor.from_pretrained(name)
+        model = model.eval().to(device)
+    except (OSError, ValueError, StrictDataclassError, SafetensorError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot load the model {name} to {device}: {error}") from error
+    # transformers only logs these, and fills missing weights with random numbers.
+    for kind in ("missing_keys", "unexpected_keys"):
+        if loading[kind]:
+            keys = ", ".join(sorted(loading[kind])[:3])
+            raise ValueError(f"{name} does not hold the weights its config.json describes; {kind}: {keys}, ...")
+    return model, image_processor
