@@ -13,7 +13,8 @@ def test_counts_and_landmarks():
     }
     assert class_names("ade20k")[2] == "sky" and class_colors("ade20k")[2] == (6, 230, 230)
     assert class_names("cityscapes")[13] == "car" and class_colors("cityscapes")[13] == (0, 0, 142)
-    assert class_names("pascal_context")[0] == "background"
+    names = class_names("pascal_context")  # ids follow the alphabet, as those of the 459 classes that they come from
+    assert names[0] == "background" and names[1:] == sorted(names[1:])
     assert class_names("camvid")[3] == "road" and class_colors("camvid")[3] == (128, 64, 128)
     for name in datasets():
         assert len(class_colors(name)) == len(class_names(name))

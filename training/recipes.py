@@ -61,6 +61,9 @@ def camvid_dinov2_small_finetuned(decoder_type: str) -> Recipe:
     Command, where START is the output of `camvid_dinov2_small_sa`:
 
         python -m training.train camvid_dinov2_small_finetuned_sa DATASET OUTPUT start_from=START
+
+    Measured for "sa": 66.0 mIoU on the test split (73.2 on validation, at 588 pixels), in 102 minutes on two CPU cores
+    with bfloat16 instructions, shared with other work, after those of START.
     """
     return dataclasses.replace(
         camvid_dinov2_small(decoder_type),

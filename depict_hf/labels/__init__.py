@@ -21,6 +21,9 @@ def _classes(dataset: str) -> list[dict]:
 def class_names(dataset: str) -> list[str]:
     """Names by class id, in the order of the published checkpoints (CamVid: of SegNet's 11 classes).
 
+    Pascal Context's are in mmsegmentation's order, which is that of the prepared label maps. The published list
+    (segm/data/config/pascal_context.yml in rstrudel/segmenter@20d1bfa) is in another one, and misnames them.
+
     Raises:
         ValueError: If the dataset is none of `datasets()`.
     """
