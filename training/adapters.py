@@ -39,7 +39,12 @@ def add_adapters(model: DepictForSemanticSegmentation, rank: int, alpha: float, 
         parameter.requires_grad_(decoder[name])
 
 
-def merge_adapters(model: nn.Module) -> None:
+def has_adapters(model: nn.Module) -> bool:
+    """Whether `add_adapters` has been called with the model, and `merge_adapters` not yet."""
+    return hasattr(getattr(model, "encoder", None), "peft_config")
+
+
+def merge_adapters(model: DepictForSemanticSegmentation) -> None:
     """Add the products to the weights that they belong to, and put the plain layers back, in place."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -48,3 +53,4 @@ def merge_adapters(model: nn.Module) -> None:
             if isinstance(child, BaseTunerLayer):
                 child.merge(safe_merge=True)
                 setattr(parent, name, child.get_base_layer())
+    del model.encoder.peft_config

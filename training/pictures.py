@@ -1,7 +1,9 @@
 """Pictures of a few validation images at each evaluation: photograph, truth and prediction side by side."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 from torch import Tensor
 
@@ -17,18 +19,30 @@ def sample_picture(
     """One photograph, its label map and the predicted one, above a legend of the classes that occur.
 
     Args:
-        image: uint8 `(3, height, width)`.
+        image: uint8 `(3, ., .)`, of any size.
         labels: `(height, width)`, ids or 255.
         prediction: `(height, width)`, ids.
         title: Stands above.
         id2label: Class names by id.
     """
-    photo = PIL.Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    photo = PIL.Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(labels.shape[::-1])
     row = SheetRow(title, photo, labels.cpu().numpy(), prediction.cpu().numpy())
     names = [id2label[index] for index in range(len(id2label))]
     return contact_sheet([row], colors_for(id2label), names, COLUMN_WIDTH)
 
 
-def step_folder(output: Path, step: int) -> Path:
-    """Where the pictures of an optimiser step are kept."""
-    return output / "samples" / f"step-{step}"
+def write_picture(picture: PIL.Image.Image, output: Path, step: int, index: int, writers: Sequence = ()) -> None:
+    """Write a picture to `output/samples/step-STEP/INDEX.png`.
+
+    Args:
+        picture: Of `sample_picture`.
+        output: Of the run.
+        step: Optimiser step.
+        index: Of the image in its split.
+        writers: TensorBoard's, which get it too.
+    """
+    folder = output / "samples" / f"step-{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    picture.save(folder / f"{index}.png")
+    for writer in writers:
+        writer.add_image(f"samples/{index}", np.asarray(picture), step, dataformats="HWC")

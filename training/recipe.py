@@ -34,6 +34,8 @@ class Recipe:
             training starts from; the backbone's and a new decoder if None.
         freeze_encoder: Whether the encoder stays as it is, in evaluation mode.
         frozen_encoder_blocks: Embeddings and this many first blocks of the encoder stay as they are.
+        lora_rank: Of low-rank adapters in the linear layers of the encoder, which otherwise stays as it is; 0 for none.
+        lora_alpha: The adapters' products are multiplied by this over their rank.
         cache_features: Whether a frozen encoder computes its outputs once, on whole images of `size` and on their
             mirror images; training squares are then cut from those outputs, without random scale and colours.
         decoder_type: One of `DepictConfig`'s.
@@ -73,9 +75,12 @@ class Recipe:
         final_learning_rate: At the last step.
         warmup_steps: Optimiser steps of linear growth from zero before the schedule.
         max_grad_norm: Gradients are clipped to it; 0 for no clipping.
+        average_decay: Of the exponential moving average of the weights, which is what is evaluated and becomes the
+            trained model; 0 for no average.
         precision: "float32", or "bf16" for autocast of the forward pass; the loss is float32 in both.
         seed: Of initial weights, data order and augmentation.
         evaluate_every_epochs: Epochs between evaluations on the validation split.
+        sample_pictures: Validation images that each evaluation writes pictures of, to `samples/`.
         save_every_steps: Optimiser steps between checkpoints; a checkpoint at each evaluation if None.
         final_size: `size` of the trained model's image processor; `size` if None.
         gradient_checkpointing: Whether activations are computed again in the backward pass instead of kept.
@@ -101,6 +106,8 @@ class Recipe:
     start_from: str | None = None
     freeze_encoder: bool = True
     frozen_encoder_blocks: int = 0
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
     cache_features: bool = False
     image_column: str | None = None
     label_column: str | None = None
@@ -134,9 +141,11 @@ class Recipe:
     final_learning_rate: float = 1e-5
     warmup_steps: int = 0
     max_grad_norm: float = 0.0
+    average_decay: float = 0.0
     precision: str = "float32"
     seed: int = 0
     evaluate_every_epochs: int = 1
+    sample_pictures: int = 4
     save_every_steps: int | None = None
     final_size: int | None = None
     gradient_checkpointing: bool = False
@@ -153,15 +162,29 @@ class Recipe:
                 raise ValueError(f"Got {name}={getattr(self, name)}, needed at least 1.")
         if self.cache_features and not self.freeze_encoder:
             raise ValueError("Got cache_features=True with freeze_encoder=False; freeze the encoder or do not cache.")
+        if self.lora_rank and self.freeze_encoder:
+            raise ValueError(
+                f"Got lora_rank={self.lora_rank} with freeze_encoder=True; pass freeze_encoder=false (and "
+                "cache_features=false): everything of the encoder but its adapters is frozen then."
+            )
         if self.streaming and (self.cache_features or self.class_balance):
             raise ValueError("Got streaming with cache_features or class_balance, which read all images at the start.")
         if self.shuffle_buffer < 1:
             raise ValueError(f"Got shuffle_buffer={self.shuffle_buffer}, needed at least 1 image.")
         if self.encoder not in (None, *ENCODER_PRESETS):
             raise ValueError(f"Got encoder={self.encoder!r}, needed none or one of {', '.join(ENCODER_PRESETS)}.")
-        for name in ("frozen_encoder_blocks", "class_balance", "focal_gamma", "dice_weight"):
+        for name in (
+            "frozen_encoder_blocks",
+            "lora_rank",
+            "class_balance",
+            "focal_gamma",
+            "dice_weight",
+            "sample_pictures",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"Got {name}={getattr(self, name)}, needed at least 0.")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"Got average_decay={self.average_decay}, needed 0 or more and less than 1.")
         if self.class_weights is not None and self.class_balance:
             raise ValueError("Got class_weights and class_balance; give one of them.")
         if self.class_weights is not None and len(self.class_weights) != len(self.class_names):

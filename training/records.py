@@ -1,6 +1,7 @@
 """Records of evaluations: what they ran on, as a table, as JSON."""
 
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -52,5 +53,11 @@ def percent(fraction: float | None) -> str:
 
 
 def write_json(record: dict, path: Path) -> None:
+    """Write or replace a file, which is never half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(record, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

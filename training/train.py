@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, TrainingArguments, set_seed
 from transformers.integrations import is_tensorboard_available
 
@@ -15,8 +16,9 @@ from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImagePr
 from depict_hf.configuration_depict import published_decoder_fields
 from depict_hf.conversion import load_encoder, read_weights
 
+from .adapters import add_adapters
 from .augmentation import TrainingAugmentation
-from .checkpoints import check_same_run, find_checkpoint
+from .checkpoints import check_same_run, discard_unfinished, find_checkpoint
 from .checks import describe_classes, label_encoding, open_samples, print_once
 from .data import (
     EvaluationDataset,
@@ -26,12 +28,13 @@ from .data import (
     get_split,
     load_dataset_splits,
 )
-from .evaluate import environment, evaluate, render_table, write_json
+from .evaluation import Execution, evaluate
 from .features import DecoderOnFeatures, FeatureDataset
 from .losses import RecipeLoss, balanced_weights
 from .optimization import freeze_encoder_blocks
 from .recipe import Recipe
 from .recipes import get_recipe
+from .records import environment, render_table, write_json
 from .streaming import StreamingDataset, check_stream, count_images
 from .trainer import SegmentationTrainer
 
@@ -40,9 +43,12 @@ def build_model(recipe: Recipe) -> DepictForSemanticSegmentation:
     """The recipe's model, float32: the pretrained encoder, frozen if so asked, and a new decoder.
 
     Raises:
-        OSError: If the encoder's weights cannot be loaded.
-        ValueError: If weights of the encoder are missing.
+        ImportError: If adapters are asked for and `peft` is not installed.
+        OSError: If weights cannot be loaded.
+        ValueError: If weights are missing, or the model to start from has another decoder.
     """
+    if recipe.start_from is not None:
+        check_start(recipe)
     fields = {
         "decoder_type": recipe.decoder_type,
         "id2label": dict(enumerate(recipe.class_names)),
@@ -51,7 +57,15 @@ def build_model(recipe: Recipe) -> DepictForSemanticSegmentation:
         "window_stride": recipe.window_stride,
     }
     if recipe.start_from is not None:
-        model = DepictForSemanticSegmentation.from_pretrained(recipe.start_from, dtype=torch.float32, **fields)
+        model, loading = DepictForSemanticSegmentation.from_pretrained(
+            recipe.start_from, dtype=torch.float32, output_loading_info=True, **fields
+        )
+        if loading["missing_keys"] or loading["unexpected_keys"]:
+            missing, unexpected = (sorted(loading[kind])[:5] for kind in ("missing_keys", "unexpected_keys"))
+            raise ValueError(
+                f"{recipe.start_from} is no whole model: weights {missing} are missing, {unexpected} unexpected; "
+                "start from a folder that training or `depict convert` wrote."
+            )
     elif recipe.encoder is None:
         backbone_config = AutoConfig.from_pretrained(recipe.backbone)
         fields |= published_decoder_fields(recipe.decoder_type, backbone_config.hidden_size)
@@ -63,7 +77,26 @@ def build_model(recipe: Recipe) -> DepictForSemanticSegmentation:
         load_encoder(model, read_weights(recipe.backbone))
     model.encoder.requires_grad_(not recipe.freeze_encoder)
     freeze_encoder_blocks(model, recipe.frozen_encoder_blocks)
+    if recipe.lora_rank:
+        add_adapters(model, recipe.lora_rank, recipe.lora_alpha, recipe.frozen_encoder_blocks)
     return model
+
+
+def check_start(recipe: Recipe) -> None:
+    """Refuse to start from a model whose decoder is not the recipe's.
+
+    Raises:
+        OSError: If there is no such model.
+        ValueError: If decoder type or number of classes differ.
+    """
+    config = DepictConfig.from_pretrained(recipe.start_from)
+    found, needed = (config.decoder_type, config.num_labels), (recipe.decoder_type, len(recipe.class_names))
+    if found != needed:
+        raise ValueError(
+            f"Got start_from={recipe.start_from} with decoder {found[0]!r} and {found[1]} classes, needed "
+            f"{needed[0]!r} and {needed[1]} classes, as the recipe has; choose another recipe or class_names, or "
+            "start from a backbone."
+        )
 
 
 def load_backbone(model: DepictForSemanticSegmentation, name_or_path: str) -> None:
@@ -244,12 +277,11 @@ def training_arguments(recipe: Recipe, output: Path, num_images: int) -> Trainin
         eval_steps=steps,
         save_strategy="steps",
         save_steps=recipe.save_every_steps or steps,
-        save_total_limit=2,
         logging_steps=10,
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,  # backbones have some, such as DINOv2's mask token
         label_names=["labels"],
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        activation_checkpointing=recipe.gradient_checkpointing,
         torch_compile=recipe.compile,
         report_to=trackers(recipe),
         disable_tqdm=not sys.stderr.isatty(),
@@ -276,7 +308,8 @@ def trackers(recipe: Recipe) -> list[str]:
 
 def write_run_record(record: dict, session: dict, checkpoint: str | None, path: Path) -> None:
     """Write `record` and the sessions of the run, a new one for each start, to `path`."""
-    sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if checkpoint else []
+    known = checkpoint is not None and path.is_file()
+    sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if known else []
     session = {"resumed_from": Path(checkpoint).name if checkpoint else None, "environment": session}
     write_json(record | {"sessions": [*sessions, session]}, path)
 
@@ -304,25 +337,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_data(recipe, splits)
         test = build_samples(recipe, splits, recipe.test_split)
         trainer, model = build_trainer(recipe, splits, arguments.output)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if trainer.is_world_process_zero():
         record = {"recipe": dataclasses.asdict(recipe), "dataset": arguments.dataset}
         record["left_out"] = [name for samples in splits.opened.values() for name in samples.left_out]
         write_run_record(record, started_in, checkpoint, arguments.output / "recipe.json")
+        discard_unfinished(arguments.output)
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.finish()
+    set_final_protocol(recipe, model, trainer.processing_class)
     if trainer.is_world_process_zero():
-        model.config.window_stride = recipe.final_window_stride or recipe.window_stride
-        trainer.processing_class.size = {"shortest_edge": recipe.final_size or recipe.size}
-        model.eval().save_pretrained(arguments.output)
+        model.save_pretrained(arguments.output)
         trainer.processing_class.save_pretrained(arguments.output)
-        record = evaluate(model, trainer.processing_class, test)
+    execution = Execution(num_workers=recipe.num_workers, state=PartialState())
+    record = evaluate(model.eval(), trainer.processing_class, test, execution=execution)
+    if trainer.is_world_process_zero():
         record |= {"model": str(arguments.output), "dataset": arguments.dataset, "split": recipe.test_split}
         record["environment"] = started_in
         write_json(record, arguments.output / "evaluation.json")
         print(render_table(record))
     return 0
+
+
+def set_final_protocol(
+    recipe: Recipe, model: DepictForSemanticSegmentation, image_processor: DepictImageProcessor
+) -> None:
+    """Set size and stride of the trained model, which may differ from those of evaluation during training."""
+    model.config.window_stride = recipe.final_window_stride or recipe.window_stride
+    image_processor.size = {"shortest_edge": recipe.final_size or recipe.size}
 
 
 if __name__ == "__main__":

@@ -11,23 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
-from test_trainer import FIELDS, dataset_folder  # noqa: F401  (a fixture)
+from test_trainer import FIELDS, backbone_folder, dataset_folder  # noqa: F401  (fixtures)
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def plain_backbone_folder(tmp_path_factory) -> str:
-    """A DINOv2 of random weights without drop path, whose draws would differ between processes."""
-    torch.manual_seed(7)
-    config = transformers.Dinov2Config(
-        image_size=28, patch_size=14, hidden_size=24, num_hidden_layers=2, num_attention_heads=2
-    )
-    folder = tmp_path_factory.mktemp("plain_backbone")
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    return str(folder)
 
 
 def command(dataset: str, backbone: str, output: Path, *options: str) -> list[str]:
@@ -62,13 +49,16 @@ def assert_same_weights(folder: Path, expected: Path, tolerance: float) -> None:
     [["batch_size=4", "accumulation_steps=1"], ["batch_size=4", "accumulation_steps=2", "class_balance=1"]],
     ids=["plain", "accumulated and weighted"],
 )
-def test_two_processes_train_as_one(dataset_folder, plain_backbone_folder, tmp_path, options):  # noqa: F811
-    """Crops have unequal numbers of labelled pixels, so a mean of the processes' means would differ."""
-    one = start(command(dataset_folder, plain_backbone_folder, tmp_path / "one", *options), tmp_path / "one.log")
+def test_two_processes_train_as_one(dataset_folder, backbone_folder, tmp_path, options):  # noqa: F811
+    """Crops have unequal numbers of labelled pixels, so a mean of the processes' means would differ.
+
+    The backbone has drop path, which must drop the same branches of the same images.
+    """
+    one = start(command(dataset_folder, backbone_folder, tmp_path / "one", *options), tmp_path / "one.log")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    arguments = command(dataset_folder, plain_backbone_folder, tmp_path / "two", *options)
+    arguments = command(dataset_folder, backbone_folder, tmp_path / "two", *options)
     launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     two = [
         start(arguments, tmp_path / "two.log", RANK=rank, LOCAL_RANK=rank, ACCELERATE_USE_CPU="true", **launched)
@@ -97,22 +87,44 @@ def kill_until_done(arguments: list[str], log: Path, first_step: float, moments:
     return killed
 
 
-def test_a_killed_run_resumed_ends_with_the_same_weights(dataset_folder, plain_backbone_folder, tmp_path):  # noqa: F811
+def test_a_killed_run_resumed_ends_with_the_same_weights(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
     """Killed twice between the first step and the end, wherever that is; a checkpoint after every step."""
-    options = ["epochs=20", "evaluate_every_epochs=20", "save_every_steps=1"]
-    arguments = command(dataset_folder, plain_backbone_folder, tmp_path / "whole", *options)
-    whole = start(arguments, tmp_path / "whole.log")
-    begin = time.monotonic()
-    while not any((tmp_path / "whole").glob("checkpoint-*")) and whole.poll() is None:
-        time.sleep(0.05)
-    first_step = time.monotonic() - begin
-    finish(whole, tmp_path / "whole.log")
-    training_seconds = time.monotonic() - begin - first_step
-    arguments = command(dataset_folder, plain_backbone_folder, tmp_path / "killed", *options)
-    moments = [0.15 * training_seconds, 0.3 * training_seconds]
-    killed = kill_until_done(arguments, tmp_path / "killed.log", first_step, moments)
+    options = ["epochs=20", "evaluate_every_epochs=20", "save_every_steps=1", "average_decay=0.9"]
+    killed = kill_and_compare(dataset_folder, backbone_folder, tmp_path, options, shares=[0.15, 0.3])
     assert killed, "the run was too fast to be killed"
-    assert_same_weights(tmp_path / "killed", tmp_path / "whole", tolerance=0)
     sessions = json.loads((tmp_path / "killed" / "recipe.json").read_text())["sessions"]
     assert sessions[0]["resumed_from"] is None
     assert any(session["resumed_from"] for session in sessions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["lora_rank=2"], ["accumulation_steps=2"], ["average_decay=0.99"]])
+def test_a_run_killed_at_many_moments(dataset_folder, backbone_folder, tmp_path, options):  # noqa: F811
+    """Also while packages are imported, data are read, checkpoints and the final model are written."""
+    options = ["epochs=40", "evaluate_every_epochs=3", "save_every_steps=2", *options]
+    shares = [-0.9, -0.1, 0.0, 0.05, 0.1, 0.12, 0.17, 0.2, 0.3, 0.4]
+    assert kill_and_compare(dataset_folder, backbone_folder, tmp_path, options, shares) >= 5
+
+
+def kill_and_compare(dataset: str, backbone: str, folder: Path, options: list[str], shares: list[float]) -> int:
+    """Run once without disturbance and once killed and resumed; both must end with the same weights.
+
+    Args:
+        shares: When to kill: 0 is the time of the first checkpoint, 1 the end of the run, -1 its start.
+
+    Returns:
+        How many times the run was killed before it had ended by itself.
+    """
+    arguments = command(dataset, backbone, folder / "whole", *options)
+    begin = time.monotonic()
+    whole = start(arguments, folder / "whole.log")
+    while not any((folder / "whole").glob("checkpoint-*")) and whole.poll() is None:
+        time.sleep(0.05)
+    before = time.monotonic() - begin
+    finish(whole, folder / "whole.log")
+    after = time.monotonic() - begin - before
+    moments = [share * (after if share > 0 else before) for share in shares]
+    arguments = command(dataset, backbone, folder / "killed", *options)
+    killed = kill_until_done(arguments, folder / "killed.log", before, moments)
+    assert_same_weights(folder / "killed", folder / "whole", tolerance=0)
+    return killed
