@@ -15,6 +15,7 @@ from transformers.integrations import is_tensorboard_available
 from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.configuration_depict import published_decoder_fields
 from depict_hf.conversion import load_encoder, read_weights
+from depict_hf.loading import load_model
 
 from .adapters import add_adapters
 from .augmentation import TrainingAugmentation
@@ -77,6 +78,10 @@ def build_model(recipe: Recipe) -> DepictForSemanticSegmentation:
         load_encoder(model, read_weights(recipe.backbone))
     model.encoder.requires_grad_(not recipe.freeze_encoder)
     freeze_encoder_blocks(model, recipe.frozen_encoder_blocks)
+    # Used in pretraining only; FSDP does not resume where a trainable weight never had a gradient.
+    for name, parameter in model.encoder.named_parameters():
+        if name.endswith("mask_token"):
+            parameter.requires_grad_(False)
     if recipe.lora_rank:
         add_adapters(model, recipe.lora_rank, recipe.lora_alpha, recipe.frozen_encoder_blocks)
     return model
@@ -346,13 +351,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_run_record(record, started_in, checkpoint, arguments.output / "recipe.json")
         discard_unfinished(arguments.output)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.finish()
-    set_final_protocol(recipe, model, trainer.processing_class)
-    if trainer.is_world_process_zero():
-        model.save_pretrained(arguments.output)
-        trainer.processing_class.save_pretrained(arguments.output)
+    save_trained(recipe, trainer, model, arguments.output)
+    trainer.accelerator.wait_for_everyone()
+    # What is evaluated is what was saved; a model that the processes share could not be anyway.
+    model, image_processor = load_model(str(arguments.output), trainer.args.device)
     execution = Execution(num_workers=recipe.num_workers, state=PartialState())
-    record = evaluate(model.eval(), trainer.processing_class, test, execution=execution)
+    record = evaluate(model, image_processor, test, execution=execution)
     if trainer.is_world_process_zero():
         record |= {"model": str(arguments.output), "dataset": arguments.dataset, "split": recipe.test_split}
         record["environment"] = started_in
@@ -361,12 +365,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def set_final_protocol(
-    recipe: Recipe, model: DepictForSemanticSegmentation, image_processor: DepictImageProcessor
+def save_trained(
+    recipe: Recipe, trainer: SegmentationTrainer, model: DepictForSemanticSegmentation, output: Path
 ) -> None:
-    """Set size and stride of the trained model, which may differ from those of evaluation during training."""
+    """Write the trained model and its image processor, at the final size and stride, once for all processes."""
+    weights = trainer.finish()
+    if not trainer.is_world_process_zero():
+        return
+    if weights is not None:
+        model = DepictForSemanticSegmentation(model.config)
+        model.load_state_dict(weights)
     model.config.window_stride = recipe.final_window_stride or recipe.window_stride
-    image_processor.size = {"shortest_edge": recipe.final_size or recipe.size}
+    model.eval().save_pretrained(output)
+    trainer.processing_class.size = {"shortest_edge": recipe.final_size or recipe.size}
+    trainer.processing_class.save_pretrained(output)
 
 
 if __name__ == "__main__":

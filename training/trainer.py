@@ -61,10 +61,18 @@ class SegmentationTrainer(transformers.Trainer):
         kwargs: As for `Trainer`. Training items have `pixel_values` and `labels` of one size; evaluation items may
             differ in size, and have labels of any resolution. Instead of `pixel_values` there may be `features` for a
             `training.features.DecoderOnFeatures`.
+
+    Raises:
+        ValueError: If the recipe asks for what cannot be done with FSDP.
     """
 
     def __init__(self, recipe: Recipe, loss: RecipeLoss | None = None, **kwargs):
         super().__init__(**kwargs)
+        if self.is_fsdp_enabled and (recipe.average_decay or recipe.lora_rank or recipe.cache_features):
+            raise ValueError(
+                "Got average_decay, lora_rank or cache_features for a model that the processes share (FSDP); leave "
+                "them out, or launch without FSDP, so that every process holds the model."
+            )
         self.recipe = recipe
         self.loss = loss
         self.train_sampler = EpochSampler(len(self.train_dataset), recipe.seed)
@@ -184,12 +192,19 @@ class SegmentationTrainer(transformers.Trainer):
         self._tr_loss = self.accelerator.reduce(self._tr_loss, reduction="mean")
         return super()._finalize_training(*args, **kwargs)
 
-    def finish(self) -> None:
-        """Give the model the weights to be used: the averaged ones, adapters merged into the layers they adapt."""
+    def finish(self) -> dict[str, Tensor] | None:
+        """Give the model the weights to be used: the averaged ones, adapters merged into the layers they adapt.
+
+        Returns:
+            Of a model that the processes share (FSDP), all weights, in the main process; None otherwise.
+        """
+        if self.is_fsdp_enabled:
+            return self.accelerator.get_state_dict(self.model)
         if self.average:
             self.average.copy_to_model()
         if has_adapters(self.model):
             merge_adapters(self.model)
+        return None
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         return self.train_sampler
@@ -200,9 +215,13 @@ class SegmentationTrainer(transformers.Trainer):
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """One image at a time; every process reads its own share, none twice."""
+        """One image at a time; every process reads its own share, none twice.
+
+        Processes that shard a model (FSDP) must make the same passes, so that each of them reads all images.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        share = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
+        rank, num_processes = (0, 1) if self.is_fsdp_enabled else (self.args.process_index, self.args.world_size)
+        share = Subset(dataset, range(rank, len(dataset), num_processes))
         return DataLoader(share, batch_size=1, num_workers=self.args.dataloader_num_workers)
 
     @torch.no_grad()
@@ -237,8 +256,9 @@ class SegmentationTrainer(transformers.Trainer):
                 num_images += len(labels)
                 if position in shown:
                     self._show(dataloader.dataset, position, labels[0], prediction[0])
-        metric.confusion = self.accelerator.reduce(metric.confusion.to(self.args.device))
-        num_images = int(self.accelerator.reduce(num_images))
+        metric.confusion = metric.confusion.to(self.args.device)
+        if not self.is_fsdp_enabled:
+            metric.confusion, num_images = (self.accelerator.reduce(each) for each in (metric.confusion, num_images))
         results = metric.compute()
         metrics = {
             f"{metric_key_prefix}_{name}": results[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy")
@@ -246,7 +266,7 @@ class SegmentationTrainer(transformers.Trainer):
         for index, iou in enumerate(results["per_category_iou"].tolist()):
             if not math.isnan(iou):
                 metrics[f"{metric_key_prefix}_iou_{model.config.id2label[index]}"] = iou
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_images)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(num_images))
 
     def _predict(self, model: nn.Module, inputs: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
         """Label maps of one batch at `size`, `(batch, height, width)`."""

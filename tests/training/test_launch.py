@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,15 +24,25 @@ def command(dataset: str, backbone: str, output: Path, *options: str) -> list[st
     return ["camvid_dinov2_small_sa", dataset, str(output), "--backbone", backbone, *fields, *options]
 
 
-def start(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen:
+def start(arguments: list[str], log: Path, module: str = "training.train", **environment: str) -> subprocess.Popen:
     with log.open("ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "training.train", *arguments],
+            [sys.executable, "-m", module, *arguments],
             cwd=REPOSITORY,
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
             stdout=file,
             stderr=subprocess.STDOUT,
         )
+
+
+def start_two(arguments: list[str], log: Path, module: str = "training.train", **environment: str) -> list:
+    """Two processes on the CPU that train together."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    launched |= {"ACCELERATE_USE_CPU": "true"} | environment
+    return [start(arguments, log, module, RANK=rank, LOCAL_RANK=rank, **launched) for rank in ("0", "1")]
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:
@@ -55,21 +67,41 @@ def test_two_processes_train_as_one(dataset_folder, backbone_folder, tmp_path, o
     The backbone has drop path, which must drop the same branches of the same images.
     """
     one = start(command(dataset_folder, backbone_folder, tmp_path / "one", *options), tmp_path / "one.log")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    arguments = command(dataset_folder, backbone_folder, tmp_path / "two", *options)
-    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    two = [
-        start(arguments, tmp_path / "two.log", RANK=rank, LOCAL_RANK=rank, ACCELERATE_USE_CPU="true", **launched)
-        for rank in ("0", "1")
-    ]
+    two = start_two(command(dataset_folder, backbone_folder, tmp_path / "two", *options), tmp_path / "two.log")
     finish(one, tmp_path / "one.log")
     for process in two:
         finish(process, tmp_path / "two.log")
     assert_same_weights(tmp_path / "two", tmp_path / "one", tolerance=2e-5)
     records = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")]
     assert records[0]["num_images"] == records[1]["num_images"] == 2
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_model_train_as_one_and_resume(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+    """FSDP, of torch's second version."""
+    options = ["epochs=4", "evaluate_every_epochs=2"]
+    one = start(command(dataset_folder, backbone_folder, tmp_path / "one", *options), tmp_path / "one.log")
+    finish(one, tmp_path / "one.log")
+    arguments = command(dataset_folder, backbone_folder, tmp_path / "two", *options)
+    launch = partial(
+        start_two,
+        log=tmp_path / "two.log",
+        module="tests.training.fsdp_on_cpu",
+        ACCELERATE_USE_FSDP="true",
+        FSDP_VERSION="2",
+        FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
+        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+        FSDP_TRANSFORMER_CLS_TO_WRAP="Dinov2Layer",
+    )
+    for process in launch(arguments):
+        finish(process, tmp_path / "two.log")
+    assert_same_weights(tmp_path / "two", tmp_path / "one", tolerance=2e-5)
+    assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").is_file()  # it was FSDP
+    shutil.rmtree(tmp_path / "two" / "checkpoint-8")
+    (tmp_path / "two" / "model.safetensors").unlink()
+    for process in launch([*arguments, "--resume"]):
+        finish(process, tmp_path / "two.log")
+    assert_same_weights(tmp_path / "two", tmp_path / "one", tolerance=2e-5)
 
 
 def kill_until_done(arguments: list[str], log: Path, first_step: float, moments: list[float]) -> int:
