@@ -8,7 +8,7 @@ setup: .venv/bin/depict
 .venv/bin/depict: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install torch==2.14.1 torchvision==0.29.1
-	.venv/bin/pip install -e ".[test,train]"
+	.venv/bin/pip install -e ".[test,train,lora]"
 	touch $@
 
 segment: setup

@@ -70,7 +70,7 @@ def publish(folder: Path, output: Path, keep: int) -> None:
 
 
 def discard_unfinished(output: Path) -> None:
-    """Delete what a killed run left behind of checkpoints that it was writing or deleting."""
+    """Delete the folder that checkpoints are written in, with what a killed run left behind there."""
     shutil.rmtree(output / UNFINISHED, ignore_errors=True)
 
 

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import statistics
 import sys
 import time
@@ -32,12 +31,12 @@ from depict_hf.windows import resize_bilinear
 from .augmentation import IGNORE_INDEX
 from .comparison_report import build_report, load_runs, plot_report, render_markdown
 from .data import load_dataset_splits, sample_generator
-from .evaluate import environment
 from .features import DecoderOnFeatures, FeatureDataset
 from .metrics import MeanIoU
 from .optimization import create_optimizer, create_scheduler, parameter_groups
 from .recipe import Recipe, nearest_name
 from .recipes import CAMVID_DECODERS, camvid_dinov2_small
+from .records import environment, write_whole
 from .train import build_image_processor, build_model, build_samples
 
 # Of the runs that choose the learning rate; none of the compared seeds may be it.
@@ -245,14 +244,6 @@ def check_settings(found: dict, needed: dict, path: Path) -> None:
 def settings_hash(settings: dict) -> str:
     """A short name for the settings of a run."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_whole(text: str, path: Path) -> None:
-    """Write a file that at no moment is there in part, in whichever moment the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def compare_decoder(

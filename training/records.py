@@ -53,11 +53,16 @@ def percent(fraction: float | None) -> str:
 
 
 def write_json(record: dict, path: Path) -> None:
-    """Write or replace a file, which is never half written."""
+    """Write or replace a file, as `write_whole` does."""
+    write_whole(json.dumps(record, indent=2) + "\n", path)
+
+
+def write_whole(text: str, path: Path) -> None:
+    """Write or replace a file that at no moment is there in part, in whichever moment the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(record, indent=2) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -372,6 +372,7 @@ def save_trained(
     weights = trainer.finish()
     if not trainer.is_world_process_zero():
         return
+    discard_unfinished(output)
     if weights is not None:
         model = DepictForSemanticSegmentation(model.config)
         model.load_state_dict(weights)
