@@ -164,6 +164,9 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
         self.encoder = ViTEncoder(config) if config.backbone_config is None else BackboneEncoder(config)
         self.decoder = DECODERS[config.decoder_type](config, self.encoder.hidden_size)
         self.post_init()
+        # FSDP refuses names of modules that a model does not have.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(present.intersection(self._no_split_modules))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.get_input_embeddings()

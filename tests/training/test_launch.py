@@ -91,7 +91,6 @@ def test_processes_that_share_the_model_train_as_one_and_resume(dataset_folder, 
         FSDP_VERSION="2",
         FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
         FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-        FSDP_TRANSFORMER_CLS_TO_WRAP="Dinov2Layer",
     )
     for process in launch(arguments):
         finish(process, tmp_path / "two.log")
