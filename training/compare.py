@@ -17,21 +17,21 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import set_seed
 
 from depict_hf.configuration_depict import DECODER_TYPES
-from depict_hf.vit import LayerRecord
 from depict_hf.windows import resize_bilinear
 
 from .augmentation import IGNORE_INDEX
 from .comparison_report import build_report, load_runs, plot_report, render_markdown
 from .data import load_dataset_splits, sample_generator
 from .features import DecoderOnFeatures, FeatureDataset
+from .measurement import count_flops
 from .metrics import MeanIoU
 from .optimization import create_optimizer, create_scheduler, parameter_groups
 from .recipe import Recipe, nearest_name
@@ -278,14 +278,11 @@ def measure_costs(recipes: dict[str, Recipe], grid_size: tuple[int, int], repeti
     """
     costs, decoders, seconds = {}, {}, {}
     for name, recipe in recipes.items():
-        model = build_model(recipe).eval()
+        model = build_model(recipe).eval().requires_grad_(False)  # the counter follows tensors that require a gradient
         patches = torch.randn(1, grid_size[0] * grid_size[1], model.encoder.hidden_size)
-        # The counter does not know the CPU's fused attention; weights are asked for to have its products written out.
-        record = LayerRecord(keep_attentions=True, cross=LayerRecord(keep_attentions=True))
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            model.decoder(patches, grid_size, record)
+        flops = count_flops(partial(model.decoder, patches, grid_size))
         parameters = sum(parameter.numel() for parameter in model.decoder.parameters())
-        costs[name] = {"parameters": parameters, "flops": counter.get_total_flops()}
+        costs[name] = {"parameters": parameters, "flops": flops}
         decoders[name], seconds[name] = (model.decoder, patches), []
     with torch.inference_mode():
         for repetition in range(repetitions + 1):

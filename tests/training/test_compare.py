@@ -250,7 +250,8 @@ def test_a_decoder_learns(dataset_folder, backbone_folder, tmp_path, monkeypatch
 def test_costs_are_those_of_the_formulas(backbone_folder):
     """sa: three layers with two projections and two attention products each, then cosines; attention is most of it."""
     recipes = {
-        name: compare.comparison_recipe(name, backbone_folder, FIELDS) for name in ("sa", "mask_transformer", "linear")
+        name: compare.comparison_recipe(name, backbone_folder, FIELDS)
+        for name in ("sa", "ca", "mask_transformer", "linear")
     }
     costs = compare.measure_costs(recipes, (9, 12), repetitions=1)
     width, classes, patches, inner = 24, 5, 108, 300
@@ -260,6 +261,13 @@ def test_costs_are_those_of_the_formulas(backbone_folder):
     assert sa["flops"] == 3 * layer + 2 * patches * classes * width
     norms = 2 * width * 4 + 2 * classes
     assert sa["parameters"] == 3 * (inner * width + 1) + classes * width + norms
+    config = compare.build_model(recipes["ca"]).config
+    inner, cross = config.decoder_num_heads * config.decoder_head_dim, config.decoder_num_heads
+    cross *= config.decoder_cross_head_dim
+    layers = config.decoder_num_layers * (4 * patches * width * inner + 4 * patches * patches * inner)
+    reading = 2 * (patches + 2 * classes) * width * cross + 4 * classes * patches * cross
+    expected = layers + config.decoder_cross_num_layers * reading + 2 * patches * classes * width
+    assert costs["decoders"]["ca"]["flops"] == expected
     block = 2 * tokens * 12 * width * width + 2 * 2 * tokens * tokens * width
     projections = 2 * (patches + patches + classes) * width * width
     expected = 2 * block + projections + 2 * patches * classes * width
