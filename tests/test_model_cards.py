@@ -7,10 +7,12 @@ import pytest
 
 from depict_hf import DepictConfig
 from depict_hf.cli import DEFAULT_MODEL
-from training.evaluate import render_table
+from training.comparison_report import with_deviation
+from training.records import percent, render_table
 
 ROOT = Path(__file__).parents[1]
-CARDS = sorted((ROOT / "model_cards").iterdir())
+CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/evaluation.json"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
@@ -24,4 +26,22 @@ def test_the_readme_shows_the_default_models_record():
     config = DepictConfig.from_pretrained(DEFAULT_MODEL)
     records = [json.loads((folder / "evaluation.json").read_text(encoding="utf-8")) for folder in CARDS]
     [record] = [each for each in records if list(each["per_class_iou"]) == list(config.id2label.values())]
-    assert render_table(record) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert render_table(record) in README
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "model_cards").glob("*/evaluation_*.json")), ids=lambda path: path.stem)
+def test_other_precisions_are_those_measured(path):
+    """In the README and on the card; every one was measured on the images of the card's own record."""
+    record, whole = (json.loads(each.read_text(encoding="utf-8")) for each in (path, path.parent / "evaluation.json"))
+    assert record["num_images"] == whole["num_images"]
+    figure = percent(record["mean_iou"]).strip()
+    assert figure in README and figure in (path.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_shows_the_comparison():
+    path = ROOT / "model_cards" / "comparison_camvid" / "comparison.json"
+    decoders = json.loads(path.read_text(encoding="utf-8"))["decoders"]
+    assert decoders.keys() >= {"sa", "ca", "mask_transformer", "linear"}
+    for name, decoder in decoders.items():
+        costs = f"{decoder['parameters']:,} | {decoder['flops'] / 1e9:.2f} | {decoder['milliseconds']:.0f}"
+        assert f"| {name} | {costs} | {with_deviation(decoder['test'])} |" in README

@@ -60,7 +60,8 @@ def run_task(task: Task, repetitions: int, budget_seconds: float, device: torch.
     }
     measured = {name: side for name, side in task.sides.items() if name not in left_out}
     # The first of these passes also warms up, so that what is set up once is not taken for a side's memory.
-    flops = {name: count_flops(side.run) or None for name, side in measured.items()} if task.count_flops else {}
+    flops = {name: count_flops(side.run) for name, side in measured.items()} if task.count_flops else {}
+    flops = {name: count or None if measured[name].count_flops else None for name, count in flops.items()}
     extra_bytes = {name: peak_extra_bytes(side.run, device) for name, side in measured.items()}
     products = {side.dtype: matrix_product(side.dtype, device) for side in measured.values()}
     functions = {name: side.run for name, side in measured.items()}

@@ -36,11 +36,13 @@ class Side:
         run: Does it once.
         dtype: That it computes in.
         attention_bytes: Size of the largest matrix of attention weights that it forms; 0 for fused attention.
+        count_flops: Whether its arithmetic is PyTorch's, so that it can be counted.
     """
 
     run: Callable[[], object]
     dtype: torch.dtype = torch.float32
     attention_bytes: int = 0
+    count_flops: bool = True
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,9 @@ def end_to_end(
     if not flip and model.device.type == "cpu":
         if all(find_spec(package) for package in ONNX_PACKAGES):
             exported = _export(model, image_processor)
-            sides[f"{OURS} onnxruntime"] = Side(lambda: segment(exported, image_processor, [photo] * batch))
+            sides[f"{OURS} onnxruntime"] = Side(
+                lambda: segment(exported, image_processor, [photo] * batch), count_flops=False
+            )
         else:
             left_out[f"{OURS} onnxruntime"] = 'needs the extra: pip install ".[onnx]"'
     what = "multi-scale with flips" if flip else "photograph to label map"

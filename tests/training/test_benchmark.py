@@ -143,3 +143,6 @@ def test_onnx_runtime_gives_the_same_label_map():
     task = end_to_end({"ours": tiny_model(window_size=32, window_stride=20)}, photo)
     reference, _, exported = results(task)
     assert (reference[0] == exported[0]).float().mean() > 0.999
+    sides = run_task(task, repetitions=1, budget_seconds=1, device=torch.device("cpu"))["sides"]
+    # Its arithmetic is not PyTorch's to count.
+    assert [bool(side["flops"]) for side in sides.values()] == [True, True, False]
