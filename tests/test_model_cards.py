@@ -45,3 +45,21 @@ def test_the_readme_shows_the_comparison():
     for name, decoder in decoders.items():
         costs = f"{decoder['parameters']:,} | {decoder['flops'] / 1e9:.2f} | {decoder['milliseconds']:.0f}"
         assert f"| {name} | {costs} | {with_deviation(decoder['test'])} |" in README
+
+
+def test_the_readme_shows_the_speed():
+    record = json.loads((ROOT / "model_cards" / "speed_cpu" / "benchmark.json").read_text(encoding="utf-8"))
+    for task in record["tasks"]:
+        if task["what"] in ("photograph to label map", "multi-scale with flips", "training step"):
+            reference, *others = task["sides"].values()
+            cells = [f"{1000 * reference['median_seconds']:.0f} ms"] + [
+                f"{1000 * side['median_seconds']:.0f} ms ({side['speed_up']:.1f}x, {side['memory_ratio']:.2f})"
+                for side in others
+            ]
+            assert " | ".join(cells) in README
+        elif task["what"] == "images to label maps":
+            for name, side in task["sides"].items():
+                assert f"{name} {1000 * side['median_seconds']:.0f} ms" in " ".join(README.split())
+    costs = json.loads((ROOT / "model_cards" / "speed_cpu" / "exponent.json").read_text(encoding="utf-8"))
+    for decoder in costs["exponents"]["costs"].values():
+        assert f"to the power of {decoder['decoder']['time_exponent']:.2f}" in " ".join(README.split())
