@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import DepictForSemanticSegmentation
+from .vit import positions_resized_once
 from .windows import CoarseScores, enlarge_to_window, label_map, pad_to_multiple, window_corners
 
 Photo = PIL.Image.Image | np.ndarray | str | Path
@@ -229,7 +231,13 @@ class _Job:
 
 
 @torch.inference_mode()
-def _stream(
+def _stream(model: DepictForSemanticSegmentation, *arguments) -> Iterator[Tensor]:
+    """As `_label`, whose arguments follow, with what depends on the weights alone done once."""
+    with positions_resized_once(model) if isinstance(model, nn.Module) else nullcontext():
+        yield from _label(model, *arguments)
+
+
+def _label(
     model: DepictForSemanticSegmentation,
     image_processor: DepictImageProcessor,
     images: Iterable[Photo],
