@@ -362,6 +362,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         record["environment"] = started_in
         write_json(record, arguments.output / "evaluation.json")
         print(render_table(record))
+    # Processes that end with their connections open may crash.
+    trainer.accelerator.wait_for_everyone()
+    PartialState().destroy_process_group()
     return 0
 
 
