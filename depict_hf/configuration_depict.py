@@ -5,6 +5,9 @@ from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+# The label of pixels without a class, in label maps and in the loss.
+IGNORE_LABEL = 255
+
 DECODER_TYPES = ("sa", "ca", "cbsa", "mask_transformer", "linear")
 
 # (patch_size, hidden_size, num_hidden_layers, num_attention_heads, use_distillation_token), by the names that the
@@ -107,7 +110,7 @@ class DepictConfig(PreTrainedConfig):
     decoder_drop_path_rate: float | int = 0.0
     window_size: int | None = None
     window_stride: int | None = None
-    semantic_loss_ignore_index: int = 255
+    semantic_loss_ignore_index: int = IGNORE_LABEL
 
     def __post_init__(self, **kwargs):
         if isinstance(self.backbone_config, dict) and "model_type" not in self.backbone_config:

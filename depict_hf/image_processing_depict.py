@@ -12,9 +12,9 @@ from transformers.image_utils import ChannelDimension, ImageInput, PILImageResam
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
+from .configuration_depict import IGNORE_LABEL
 from .windows import CoarseScores, label_map, resize_bilinear
 
-IGNORE_LABEL = 255
 SIZE_KEYS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
 MAP_MODES = ("1", "L", "P", "I", "F", "LA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N")
 

@@ -8,7 +8,8 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-IGNORE_LABEL = 255
+from .configuration_depict import IGNORE_LABEL
+
 LEGEND_NAME_LENGTH = 24  # longer names (ADE20K lists synonyms) would leave no room for a second column
 Color = tuple[int, int, int]
 

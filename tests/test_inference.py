@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from depict_hf import DepictImageProcessor, vit
 from depict_hf.inference import load_photo, segment, segment_files, segment_stream
-from training.measurement import peak_extra_bytes
+from training.evaluation.measurement import peak_extra_bytes
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 
 from depict_hf import DepictConfig
 from depict_hf.cli import DEFAULT_MODEL
-from training.comparison_report import with_deviation
-from training.records import percent, render_table
+from training.evaluation.records import percent, render_table
+from training.evidence.comparison_report import with_deviation
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/evaluation.json"))

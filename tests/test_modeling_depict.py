@@ -16,7 +16,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from depict_hf import DepictForSemanticSegmentation, windows
 from depict_hf.modeling_depict import segmentation_loss
-from training.measurement import peak_extra_bytes
+from training.evaluation.measurement import peak_extra_bytes
 
 LABELS = torch.randint(0, 5, (2, 32, 48), generator=torch.Generator().manual_seed(2))
 

@@ -21,23 +21,25 @@ import torch
 
 from depict_hf.configuration_depict import DECODER_TYPES, ENCODER_PRESETS
 
-from .benchmark_cases import (
+from .evaluate import environment, write_json
+from .evaluation import count_flops, interleaved_seconds, matrix_product, peak_extra_bytes
+from .evidence import (
+    EXPONENT_SIZES,
     PUBLISHED_SCALES,
     PUBLISHED_WINDOW,
     Task,
     build_model,
+    cost_table,
     dtype_name,
     end_to_end,
     in_dtypes,
+    measure_exponents,
     other_models,
     random_photo,
+    render_exponents,
     stages,
     training_step,
 )
-from .costs import cost_table
-from .evaluate import environment, write_json
-from .exponent import EXPONENT_SIZES, measure_exponents, render_exponents
-from .measurement import count_flops, interleaved_seconds, matrix_product, peak_extra_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WHAT = ("photo", "multi-scale", "stages", "training", "others")

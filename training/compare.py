@@ -1,6 +1,7 @@
 """Compare decoders on one frozen encoder, several seeds each: `python -m training.compare DATASET OUTPUT ...`.
 
 Every decoder has the same optimiser steps, batches and crops, and its learning rate chosen on the validation split
+from depict_hf.configuration_depict import IGNORE_LABEL
 from the same grid. Each finished run is a file in OUTPUT/runs; the same command continues where it was interrupted,
 and several processes may share OUTPUT, each with its own `--decoders`. At the end of each, decoder costs are measured
 and the report is written from all runs in OUTPUT: comparison.json, and .md and .png made from it.
@@ -9,7 +10,6 @@ Decoders are trained on the CPU: a run depends on its settings alone, and with a
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import statistics
@@ -24,19 +24,16 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from depict_hf.configuration_depict import DECODER_TYPES
+from depict_hf.configuration_depict import DECODER_TYPES, IGNORE_LABEL
 from depict_hf.windows import resize_bilinear
 
-from .augmentation import IGNORE_INDEX
-from .comparison_report import build_report, load_runs, plot_report, render_markdown
-from .data import load_dataset_splits, sample_generator
-from .features import DecoderOnFeatures, FeatureDataset
-from .measurement import count_flops
-from .metrics import MeanIoU
+from .data import DecoderOnFeatures, FeatureDataset, load_dataset_splits, sample_generator
+from .evaluation import MeanIoU, count_flops, environment, write_whole
+from .evidence import build_report, load_runs, plot_report, render_markdown
 from .optimization import create_optimizer, create_scheduler, parameter_groups
-from .recipe import Recipe, nearest_name
+from .recipe import Recipe
 from .recipes import CAMVID_DECODERS, camvid_dinov2_small
-from .records import environment, write_whole
+from .settings import nearest_name
 from .train import build_image_processor, build_model, build_samples
 
 # Of the runs that choose the learning rate; none of the compared seeds may be it.
@@ -105,9 +102,9 @@ def comparison_recipe(decoder_type: str, backbone: str | None, overrides: Sequen
         name = assignment.partition("=")[0]
         if name not in OVERRIDABLE:
             raise ValueError(f"Got {assignment!r}, which a comparison cannot change{nearest_name(name, OVERRIDABLE)}.")
-    recipe = dataclasses.replace(camvid_dinov2_small(decoder_type), crop_size=224)
+    recipe = camvid_dinov2_small(decoder_type).replace(crop_size=224)
     if backbone is not None:
-        recipe = dataclasses.replace(recipe, backbone=backbone)
+        recipe = recipe.replace(backbone=backbone)
     return recipe.override(overrides)
 
 
@@ -120,7 +117,7 @@ def load_data(recipe: Recipe, dataset: str, folder: Path) -> ComparisonData:
     """
     splits = load_dataset_splits(dataset)
     model, image_processor = build_model(recipe), build_image_processor(recipe)
-    autocast = recipe.precision == "bf16"
+    autocast = recipe.hardware.precision == "bf16"
 
     def features(split: str, crop_size: int | None = None) -> FeatureDataset:
         samples = build_samples(recipe, splits, split)
@@ -131,9 +128,9 @@ def load_data(recipe: Recipe, dataset: str, folder: Path) -> ComparisonData:
         labels = [whole.samples[index]["labels"].to(torch.uint8) for index in range(len(whole))]
         return EvaluationSplit(whole, labels)
 
-    training = features(recipe.train_split, recipe.crop_size)
+    training = features(recipe.data.train_split, recipe.data.crop_size)
     recipe.steps_per_epoch(len(training))  # refuses fewer images than one batch
-    return ComparisonData(training, evaluation(recipe.validation_split), evaluation(recipe.test_split))
+    return ComparisonData(training, evaluation(recipe.data.validation_split), evaluation(recipe.data.test_split))
 
 
 def training_batches(num_images: int, batch_size: int, steps: int, seed: int) -> Iterator[tuple[int, list[int]]]:
@@ -153,20 +150,22 @@ def train_decoder(recipe: Recipe, steps: int, training: FeatureDataset) -> tuple
     Returns:
         The decoder in evaluation mode, float32, and the loss of every step.
     """
-    set_seed(recipe.seed)
+    set_seed(recipe.optimization.seed)
     decoder = DecoderOnFeatures(build_model(recipe)).train()
     optimizer = create_optimizer(parameter_groups(decoder, recipe), recipe)
     scheduler = create_scheduler(optimizer, recipe, steps)
-    training.seed = recipe.seed
+    training.seed = recipe.optimization.seed
     losses = []
-    for epoch, indices in training_batches(len(training), recipe.batch_size, steps, recipe.seed):
+    for epoch, indices in training_batches(
+        len(training), recipe.optimization.batch_size, steps, recipe.optimization.seed
+    ):
         training.set_epoch(epoch)
         batch = torch.utils.data.default_collate([training[index] for index in indices])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.hardware.precision == "bf16"):
             loss = decoder(**batch).loss
         loss.backward()
-        if recipe.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(decoder.parameters(), recipe.max_grad_norm)
+        if recipe.optimization.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(decoder.parameters(), recipe.optimization.max_grad_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -181,7 +180,7 @@ def evaluate_decoder(decoder: DecoderOnFeatures, split: EvaluationSplit) -> dict
     Returns:
         `mean_iou` and, by class name, `per_class_iou`, fractions; None for a class that occurs nowhere.
     """
-    metric = MeanIoU(decoder.config.num_labels, ignore_index=IGNORE_INDEX)
+    metric = MeanIoU(decoder.config.num_labels, ignore_index=IGNORE_LABEL)
     for index, labels in enumerate(split.labels):
         prediction = predict(decoder, *split.features.read_whole(index), tuple(labels.shape))
         metric.add_batch(predictions=[prediction], references=[labels])
@@ -203,7 +202,7 @@ def run_once(recipe: Recipe, steps: int, data: ComparisonData, path: Path, with_
     Raises:
         ValueError: If the file comes from a run with other settings.
     """
-    settings = {name: getattr(recipe, name) for name in RUN_FIELDS} | {"steps": steps, "features": data.fingerprints}
+    settings = {name: recipe.value(name) for name in RUN_FIELDS} | {"steps": steps, "features": data.fingerprints}
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in a file
     if path.is_file():
         record = json.loads(path.read_text())
@@ -223,8 +222,9 @@ def run_once(recipe: Recipe, steps: int, data: ComparisonData, path: Path, with_
     }
     write_whole(json.dumps(record, indent=1) + "\n", path)
     test = f", test {100 * record['test']['mean_iou']:.2f}" if with_test else ""
+    rate, seconds = recipe.optimization.learning_rate, record["seconds"]["training"]
     print(
-        f"{path.stem}: {steps} steps at {recipe.learning_rate:g} in {record['seconds']['training']:.0f} s; mIoU "
+        f"{path.stem}: {steps} steps at {rate:g} in {seconds:.0f} s; mIoU "
         f"validation {100 * record['validation']['mean_iou']:.2f}{test}"
     )
     return record
@@ -255,13 +255,13 @@ def compare_decoder(
     """
     scores = {}
     for rate in rates if len(rates) > 1 else ():
-        trial = dataclasses.replace(recipe, learning_rate=rate, seed=TRIAL_SEED)
-        path = folder / f"{recipe.decoder_type}_trial_lr{rate:g}.json"
+        trial = recipe.replace(learning_rate=rate, seed=TRIAL_SEED)
+        path = folder / f"{recipe.model.decoder_type}_trial_lr{rate:g}.json"
         scores[rate] = run_once(trial, steps, data, path, with_test=False)["validation"]["mean_iou"]
     best = max(rates, key=lambda rate: scores.get(rate, 0.0))
     for seed in seeds:
-        run = dataclasses.replace(recipe, learning_rate=best, seed=seed)
-        run_once(run, steps, data, folder / f"{recipe.decoder_type}_seed{seed}.json", with_test=True)
+        run = recipe.replace(learning_rate=best, seed=seed)
+        run_once(run, steps, data, folder / f"{recipe.model.decoder_type}_seed{seed}.json", with_test=True)
 
 
 def measure_costs(recipes: dict[str, Recipe], grid_size: tuple[int, int], repetitions: int = 15) -> dict:

@@ -14,17 +14,26 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
+from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.labels import colors_for
 from depict_hf.loading import BACKENDS, DTYPES, load_model
 
-from .augmentation import IGNORE_INDEX
-from .checks import open_samples
-from .corruptions import CORRUPTIONS, parse_corruptions
-from .data import SegmentationDataset, load_dataset_splits
-from .evaluation import Execution, Protocol, evaluate, under_corruption
-from .metrics import EvaluateMeanIoU, largest_difference
-from .records import environment, percent, render_table, write_json
-from .worst_images import WorstImages
+from .data import SegmentationDataset, load_dataset_splits, open_samples
+from .evaluation import (
+    CORRUPTIONS,
+    EvaluateMeanIoU,
+    Execution,
+    Protocol,
+    WorstImages,
+    environment,
+    evaluate,
+    largest_difference,
+    parse_corruptions,
+    percent,
+    render_table,
+    under_corruption,
+    write_json,
+)
 
 CROSS_CHECK_TOLERANCE = 1e-9
 
@@ -166,7 +175,7 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict:
     samples = load_samples(arguments, names, bool(image_processor.do_reduce_labels), state)
     check = None
     if arguments.metric == "evaluate":
-        check = EvaluateMeanIoU(samples.num_labels, IGNORE_INDEX, arguments.metric_script)
+        check = EvaluateMeanIoU(samples.num_labels, IGNORE_LABEL, arguments.metric_script)
 
     clean, under = None, []
     for corruption in [None, *corruptions]:

@@ -1,5 +1,7 @@
 """One function per run. `python -m training.train RECIPE DATASET OUTPUT field=value ...` finds them by name.
 
+`python -m training.recipes` lists them; with a name, and fields to override, it prints every field and its meaning.
+
 The rows of the paper exist once per decoder: `ade20k_vit_small_sa`, `ade20k_vit_small_ca`,
 `ade20k_vit_small_mask_transformer` (Segmenter), and so on.
 
@@ -8,13 +10,16 @@ Their GPU hours are estimates for one A100 SXM: the FLOPs of all training steps,
 included. `python -m training.benchmark --recipes` computes them.
 """
 
-import dataclasses
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from depict_hf.labels import class_names
 
-from .recipe import Recipe, nearest_name
+from .recipe import DataSection, EvaluationSection, HardwareSection, ModelSection, OptimizationSection, Recipe
+from .settings import nearest_name
 
 PAPER_DECODERS = ("sa", "ca", "mask_transformer")
 CAMVID_DECODERS = (*PAPER_DECODERS, "linear")
@@ -32,26 +37,28 @@ def camvid_dinov2_small(decoder_type: str) -> Recipe:
     """
     return Recipe(
         name=f"camvid_dinov2_small_{decoder_type}",
-        backbone="facebook/dinov2-small",
-        decoder_type=decoder_type,
-        cache_features=True,
-        class_names=tuple(class_names("camvid")),
-        image_mean=(0.485, 0.456, 0.406),
-        image_std=(0.229, 0.224, 0.225),
-        size=560,
-        crop_size=280,
-        epochs=120,
-        batch_size=8,
-        learning_rate=1e-3,
-        scale_rate_factor=10.0,
-        weight_decay=0.01,
-        schedule="cosine",
-        final_learning_rate=0.0,
-        warmup_steps=50,
-        max_grad_norm=1.0,
-        precision="bf16",
-        evaluate_every_epochs=15,
-        num_workers=1,
+        data=DataSection(
+            class_names=tuple(class_names("camvid")),
+            image_mean=(0.485, 0.456, 0.406),
+            image_std=(0.229, 0.224, 0.225),
+            size=560,
+            crop_size=280,
+            cache_features=True,
+        ),
+        model=ModelSection(backbone="facebook/dinov2-small", decoder_type=decoder_type),
+        optimization=OptimizationSection(
+            epochs=120,
+            batch_size=8,
+            learning_rate=1e-3,
+            scale_rate_factor=10.0,
+            weight_decay=0.01,
+            schedule="cosine",
+            final_learning_rate=0.0,
+            warmup_steps=50,
+            max_grad_norm=1.0,
+        ),
+        evaluation=EvaluationSection(evaluate_every_epochs=15),
+        hardware=HardwareSection(precision="bf16", num_workers=1),
     )
 
 
@@ -65,8 +72,7 @@ def camvid_dinov2_small_finetuned(decoder_type: str) -> Recipe:
     Measured for "sa": 66.0 mIoU on the test split (73.2 on validation, at 588 pixels), in 102 minutes on two CPU cores
     with bfloat16 instructions, shared with other work, after those of START.
     """
-    return dataclasses.replace(
-        camvid_dinov2_small(decoder_type),
+    return camvid_dinov2_small(decoder_type).replace(
         name=f"camvid_dinov2_small_finetuned_{decoder_type}",
         cache_features=False,
         freeze_encoder=False,
@@ -87,30 +93,37 @@ def camvid_dinov2_small_finetuned(decoder_type: str) -> Recipe:
     )
 
 
-def _paper(name: str, decoder_type: str, encoder: str, dataset: str, **fields) -> Recipe:
+def _paper(
+    name: str, decoder_type: str, encoder: str, data: DataSection, optimization: OptimizationSection, **evaluation: int
+) -> Recipe:
     """What all rows of the paper share.
 
     Source:
         segm/config.yml, segm/train.py and segm/eval/miou.py in rstrudel/segmenter@20d1bfa, which DEPICT trains with.
     """
-    crop_size = fields["crop_size"]
     return Recipe(
         name=f"{name}_{decoder_type}",
-        encoder=encoder,
-        backbone=f"timm/{encoder}.augreg_in21k_ft_in1k",
-        freeze_encoder=False,
-        drop_path_rate=0.1,
-        decoder_type=decoder_type,
-        class_names=tuple(class_names(dataset)),
-        optimizer="sgd",
-        schedule="polynomial",
-        final_learning_rate=1e-5,
-        window_size=crop_size,
-        final_window_stride=crop_size - 32,
-        test_split="validation",  # the test labels of all three datasets are withheld
-        num_workers=10,
-        **fields,
+        data=data,
+        model=ModelSection(
+            encoder=encoder,
+            backbone=f"timm/{encoder}.augreg_in21k_ft_in1k",
+            freeze_encoder=False,
+            drop_path_rate=0.1,
+            decoder_type=decoder_type,
+        ),
+        optimization=optimization,
+        evaluation=EvaluationSection(window_size=data.crop_size, final_window_stride=data.crop_size - 32, **evaluation),
+        hardware=HardwareSection(num_workers=10),
     )
+
+
+def _paper_data(dataset: str, **fields: Any) -> DataSection:
+    # The test labels of all three data sets are withheld.
+    return DataSection(class_names=tuple(class_names(dataset)), test_split="validation", **fields)
+
+
+def _paper_optimization(**fields: Any) -> OptimizationSection:
+    return OptimizationSection(optimizer="sgd", schedule="polynomial", final_learning_rate=1e-5, **fields)
 
 
 def _ade20k(size: str, decoder_type: str, image_size: int = 512) -> Recipe:
@@ -119,15 +132,9 @@ def _ade20k(size: str, decoder_type: str, image_size: int = 512) -> Recipe:
         f"ade20k_vit_{size}{suffix}",
         decoder_type,
         f"vit_{size}_patch16_384",
-        "ade20k",
-        reduce_labels=True,
-        size=image_size,
-        crop_size=image_size,
+        _paper_data("ade20k", reduce_labels=True, size=image_size, crop_size=image_size, long_side_factor=4.0),
+        _paper_optimization(epochs=64, batch_size=8, learning_rate=0.001),
         window_stride=image_size,
-        long_side_factor=4.0,
-        epochs=64,
-        batch_size=8,
-        learning_rate=0.001,
         evaluate_every_epochs=2,
     )
 
@@ -177,14 +184,9 @@ def pascal_context_vit_large(decoder_type: str) -> Recipe:
         "pascal_context_vit_large",
         decoder_type,
         "vit_large_patch16_384",
-        "pascal_context",
-        size=520,
-        crop_size=480,
+        _paper_data("pascal_context", size=520, crop_size=480, long_side_factor=8.0),
+        _paper_optimization(epochs=256, batch_size=16, learning_rate=0.001),
         window_stride=320,
-        long_side_factor=8.0,
-        epochs=256,
-        batch_size=16,
-        learning_rate=0.001,
         evaluate_every_epochs=8,
     )
 
@@ -200,14 +202,9 @@ def cityscapes_vit_large(decoder_type: str) -> Recipe:
         "cityscapes_vit_large",
         decoder_type,
         "vit_large_patch16_384",
-        "cityscapes",
-        size=1024,
-        crop_size=768,
+        _paper_data("cityscapes", size=1024, crop_size=768, long_side_factor=2.0),
+        _paper_optimization(epochs=216, batch_size=8, learning_rate=0.01),
         window_stride=512,
-        long_side_factor=2.0,
-        epochs=216,
-        batch_size=8,
-        learning_rate=0.01,
         evaluate_every_epochs=4,
     )
 
@@ -239,3 +236,23 @@ def get_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"Unknown recipe {name!r}{nearest_name(name, RECIPES)}.")
     return RECIPES[name]()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.recipes", description="List recipes, or explain one.")
+    parser.add_argument("recipe", nargs="?", help="whose fields are printed; all names if omitted")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the recipe")
+    arguments = parser.parse_args(argv)
+    if arguments.recipe is None:
+        print("\n".join(RECIPES))
+        return 0
+    try:
+        print(get_recipe(arguments.recipe).override(arguments.overrides))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,10 +14,18 @@ from accelerate import PartialState
 
 from depict_hf.loading import load_model
 
-from .corruptions import CORRUPTIONS, SEVERITIES, Corruption, parse_corruptions
 from .evaluate import add_data_arguments, load_samples, settings, start_processes
-from .evaluation import evaluate, under_corruption
-from .records import environment, percent, write_json
+from .evaluation import (
+    CORRUPTIONS,
+    SEVERITIES,
+    Corruption,
+    environment,
+    evaluate,
+    parse_corruptions,
+    percent,
+    under_corruption,
+    write_json,
+)
 
 NAME_LENGTH = 20
 

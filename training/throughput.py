@@ -11,11 +11,9 @@ from collections.abc import Sequence
 
 from torch.utils.data import DataLoader
 
-from .checks import label_encoding
-from .data import SegmentationDataset, TrainingDataset, get_split, load_dataset_splits
+from .data import SegmentationDataset, StreamingDataset, TrainingDataset, get_split, label_encoding, load_dataset_splits
 from .recipe import Recipe
 from .recipes import get_recipe
-from .streaming import StreamingDataset
 from .train import build_augmentation, count_training_images
 
 MEASURED_SECONDS = 30.0
@@ -27,29 +25,29 @@ def build_loader(recipe: Recipe, splits) -> DataLoader:
     Raises:
         ValueError: If the recipe trains on cached features, or the data do not suit it.
     """
-    if recipe.cache_features:
+    if recipe.data.cache_features:
         raise ValueError("The recipe trains on cached features; pass cache_features=false to time reading images.")
-    encoding = label_encoding(splits, recipe.class_names, recipe.reduce_labels)
+    encoding = label_encoding(splits, recipe.data.class_names, recipe.data.reduce_labels)
     batch_size = recipe.images_per_pass(num_processes=1)
-    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
-    split = get_split(splits, recipe.train_split)
-    if recipe.streaming:
-        images = recipe.steps_per_epoch(count_training_images(recipe, splits)) * recipe.batch_size
+    columns = {"image_column": recipe.data.image_column, "label_column": recipe.data.label_column}
+    split = get_split(splits, recipe.data.train_split)
+    if recipe.data.streaming:
+        images = recipe.steps_per_epoch(count_training_images(recipe, splits)) * recipe.optimization.batch_size
         dataset = StreamingDataset(
             split,
             encoding,
             build_augmentation(recipe),
-            recipe.seed,
+            recipe.optimization.seed,
             images,
             batch_size,
             **columns,
-            shuffle_buffer=recipe.shuffle_buffer,
-            skip_unreadable=recipe.skip_unreadable,
+            shuffle_buffer=recipe.data.shuffle_buffer,
+            skip_unreadable=recipe.data.skip_unreadable,
         )
-        return dataset.loader(recipe.num_workers)
-    samples = SegmentationDataset(split, len(recipe.class_names), **columns, encoding=encoding)
-    dataset = TrainingDataset(samples, build_augmentation(recipe), recipe.seed)
-    return DataLoader(dataset, batch_size, shuffle=True, num_workers=recipe.num_workers, drop_last=True)
+        return dataset.loader(recipe.hardware.num_workers)
+    samples = SegmentationDataset(split, len(recipe.data.class_names), **columns, encoding=encoding)
+    dataset = TrainingDataset(samples, build_augmentation(recipe), recipe.optimization.seed)
+    return DataLoader(dataset, batch_size, shuffle=True, num_workers=recipe.hardware.num_workers, drop_last=True)
 
 
 def measure(loader: DataLoader, seconds: float = MEASURED_SECONDS) -> tuple[int, float]:
@@ -83,14 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     try:
         recipe = get_recipe(arguments.recipe).override(arguments.overrides)
-        loader = build_loader(recipe, load_dataset_splits(arguments.dataset, recipe.streaming))
+        loader = build_loader(recipe, load_dataset_splits(arguments.dataset, recipe.data.streaming))
         images, seconds = measure(loader)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(
         f"{images / seconds:.1f} images a second: {images} images in {seconds:.1f} s, {loader.num_workers} workers, "
-        f"batches of {loader.batch_size}, crops of {recipe.crop_size}"
+        f"batches of {loader.batch_size}, crops of {recipe.data.crop_size}"
     )
     return 0
 

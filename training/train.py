@@ -17,27 +17,37 @@ from depict_hf.configuration_depict import published_decoder_fields
 from depict_hf.conversion import load_encoder, read_weights
 from depict_hf.loading import load_model
 
-from .adapters import add_adapters
-from .augmentation import TrainingAugmentation
-from .checkpoints import check_same_run, discard_unfinished, find_checkpoint
-from .checks import describe_classes, label_encoding, open_samples, print_once
 from .data import (
+    DecoderOnFeatures,
     EvaluationDataset,
+    FeatureDataset,
     SegmentationDataset,
+    StreamingDataset,
+    TrainingAugmentation,
     TrainingDataset,
+    check_stream,
+    count_images,
     count_pixels,
+    describe_classes,
     get_split,
+    label_encoding,
     load_dataset_splits,
+    open_samples,
+    print_once,
 )
-from .evaluation import Execution, evaluate
-from .features import DecoderOnFeatures, FeatureDataset
-from .losses import RecipeLoss, balanced_weights
-from .optimization import freeze_encoder_blocks
+from .evaluation import Execution, environment, evaluate, render_table, write_json
+from .optimization import (
+    RecipeLoss,
+    SegmentationTrainer,
+    add_adapters,
+    balanced_weights,
+    check_same_run,
+    discard_unfinished,
+    find_checkpoint,
+    freeze_encoder_blocks,
+)
 from .recipe import Recipe
 from .recipes import get_recipe
-from .records import environment, render_table, write_json
-from .streaming import StreamingDataset, check_stream, count_images
-from .trainer import SegmentationTrainer
 
 
 def build_model(recipe: Recipe) -> DepictForSemanticSegmentation:
@@ -48,42 +58,42 @@ def build_model(recipe: Recipe) -> DepictForSemanticSegmentation:
         OSError: If weights cannot be loaded.
         ValueError: If weights are missing, or the model to start from has another decoder.
     """
-    if recipe.start_from is not None:
+    if recipe.model.start_from is not None:
         check_start(recipe)
     fields = {
-        "decoder_type": recipe.decoder_type,
-        "id2label": dict(enumerate(recipe.class_names)),
-        "label2id": {name: index for index, name in enumerate(recipe.class_names)},
-        "window_size": recipe.window_size,
-        "window_stride": recipe.window_stride,
+        "decoder_type": recipe.model.decoder_type,
+        "id2label": dict(enumerate(recipe.data.class_names)),
+        "label2id": {name: index for index, name in enumerate(recipe.data.class_names)},
+        "window_size": recipe.evaluation.window_size,
+        "window_stride": recipe.evaluation.window_stride,
     }
-    if recipe.start_from is not None:
+    if recipe.model.start_from is not None:
         model, loading = DepictForSemanticSegmentation.from_pretrained(
-            recipe.start_from, dtype=torch.float32, output_loading_info=True, **fields
+            recipe.model.start_from, dtype=torch.float32, output_loading_info=True, **fields
         )
         if loading["missing_keys"] or loading["unexpected_keys"]:
             missing, unexpected = (sorted(loading[kind])[:5] for kind in ("missing_keys", "unexpected_keys"))
             raise ValueError(
-                f"{recipe.start_from} is no whole model: weights {missing} are missing, {unexpected} unexpected; "
+                f"{recipe.model.start_from} is no whole model: weights {missing} are missing, {unexpected} unexpected; "
                 "start from a folder that training or `depict convert` wrote."
             )
-    elif recipe.encoder is None:
-        backbone_config = AutoConfig.from_pretrained(recipe.backbone)
-        fields |= published_decoder_fields(recipe.decoder_type, backbone_config.hidden_size)
+    elif recipe.model.encoder is None:
+        backbone_config = AutoConfig.from_pretrained(recipe.model.backbone)
+        fields |= published_decoder_fields(recipe.model.decoder_type, backbone_config.hidden_size)
         model = DepictForSemanticSegmentation(DepictConfig(backbone_config=backbone_config, **fields))
-        load_backbone(model, recipe.backbone)
+        load_backbone(model, recipe.model.backbone)
     else:
-        fields |= {"image_size": recipe.crop_size, "drop_path_rate": recipe.drop_path_rate}
-        model = DepictForSemanticSegmentation(DepictConfig.from_preset(recipe.encoder, **fields))
-        load_encoder(model, read_weights(recipe.backbone))
-    model.encoder.requires_grad_(not recipe.freeze_encoder)
-    freeze_encoder_blocks(model, recipe.frozen_encoder_blocks)
+        fields |= {"image_size": recipe.data.crop_size, "drop_path_rate": recipe.model.drop_path_rate}
+        model = DepictForSemanticSegmentation(DepictConfig.from_preset(recipe.model.encoder, **fields))
+        load_encoder(model, read_weights(recipe.model.backbone))
+    model.encoder.requires_grad_(not recipe.model.freeze_encoder)
+    freeze_encoder_blocks(model, recipe.model.frozen_encoder_blocks)
     # Used in pretraining only; FSDP does not resume where a trainable weight never had a gradient.
     for name, parameter in model.encoder.named_parameters():
         if name.endswith("mask_token"):
             parameter.requires_grad_(False)
-    if recipe.lora_rank:
-        add_adapters(model, recipe.lora_rank, recipe.lora_alpha, recipe.frozen_encoder_blocks)
+    if recipe.model.lora_rank:
+        add_adapters(model, recipe.model.lora_rank, recipe.model.lora_alpha, recipe.model.frozen_encoder_blocks)
     return model
 
 
@@ -94,11 +104,11 @@ def check_start(recipe: Recipe) -> None:
         OSError: If there is no such model.
         ValueError: If decoder type or number of classes differ.
     """
-    config = DepictConfig.from_pretrained(recipe.start_from)
-    found, needed = (config.decoder_type, config.num_labels), (recipe.decoder_type, len(recipe.class_names))
+    config = DepictConfig.from_pretrained(recipe.model.start_from)
+    found, needed = (config.decoder_type, config.num_labels), (recipe.model.decoder_type, len(recipe.data.class_names))
     if found != needed:
         raise ValueError(
-            f"Got start_from={recipe.start_from} with decoder {found[0]!r} and {found[1]} classes, needed "
+            f"Got start_from={recipe.model.start_from} with decoder {found[0]!r} and {found[1]} classes, needed "
             f"{needed[0]!r} and {needed[1]} classes, as the recipe has; choose another recipe or class_names, or "
             "start from a backbone."
         )
@@ -126,10 +136,10 @@ def load_backbone(model: DepictForSemanticSegmentation, name_or_path: str) -> No
 def build_image_processor(recipe: Recipe) -> DepictImageProcessor:
     """The processor that prepares photographs as the recipe evaluates them."""
     return DepictImageProcessor(
-        size={"shortest_edge": recipe.size},
-        image_mean=list(recipe.image_mean),
-        image_std=list(recipe.image_std),
-        do_reduce_labels=recipe.reduce_labels,
+        size={"shortest_edge": recipe.data.size},
+        image_mean=list(recipe.data.image_mean),
+        image_std=list(recipe.data.image_std),
+        do_reduce_labels=recipe.data.reduce_labels,
     )
 
 
@@ -142,12 +152,12 @@ def build_samples(recipe: Recipe, splits, name: str) -> SegmentationDataset:
     return open_samples(
         splits,
         name,
-        recipe.class_names,
-        recipe.image_column,
-        recipe.label_column,
-        recipe.reduce_labels,
-        recipe.skip_unreadable,
-        recipe.num_workers,
+        recipe.data.class_names,
+        recipe.data.image_column,
+        recipe.data.label_column,
+        recipe.data.reduce_labels,
+        recipe.data.skip_unreadable,
+        recipe.hardware.num_workers,
     )
 
 
@@ -157,29 +167,31 @@ def build_trainer(recipe: Recipe, splits, output: Path) -> tuple[SegmentationTra
     Raises:
         ValueError: If the data do not suit the recipe, or the batch cannot be divided among the processes.
     """
-    set_seed(recipe.seed)
+    set_seed(recipe.optimization.seed)
     image_processor = build_image_processor(recipe)
     model = build_model(recipe)
-    training_samples = None if recipe.streaming else build_samples(recipe, splits, recipe.train_split)
-    validation_samples = build_samples(recipe, splits, recipe.validation_split)
-    num_images = count_training_images(recipe, splits) if recipe.streaming else len(training_samples)
+    training_samples = None if recipe.data.streaming else build_samples(recipe, splits, recipe.data.train_split)
+    validation_samples = build_samples(recipe, splits, recipe.data.validation_split)
+    num_images = count_training_images(recipe, splits) if recipe.data.streaming else len(training_samples)
     arguments = training_arguments(recipe, output, num_images)
-    if recipe.cache_features:
+    if recipe.data.cache_features:
         encoding = (image_processor, output / "features")
-        autocast = recipe.precision == "bf16"
+        autocast = recipe.hardware.precision == "bf16"
         with arguments.main_process_first():  # it alone computes them
-            training = FeatureDataset(model, training_samples, *encoding, recipe.crop_size, recipe.seed, autocast)
+            training = FeatureDataset(
+                model, training_samples, *encoding, recipe.data.crop_size, recipe.optimization.seed, autocast
+            )
             validation = FeatureDataset(model, validation_samples, *encoding, autocast=autocast)
     else:
-        if recipe.streaming:
+        if recipe.data.streaming:
             training = build_stream(recipe, splits, num_images, arguments)
         else:
-            training = TrainingDataset(training_samples, build_augmentation(recipe), recipe.seed)
+            training = TrainingDataset(training_samples, build_augmentation(recipe), recipe.optimization.seed)
         validation = EvaluationDataset(validation_samples, image_processor)
     trainer = SegmentationTrainer(
         recipe,
         build_loss(recipe, training_samples),
-        model=DecoderOnFeatures(model) if recipe.cache_features else model,
+        model=DecoderOnFeatures(model) if recipe.data.cache_features else model,
         args=arguments,
         train_dataset=training,
         eval_dataset=validation,
@@ -194,14 +206,14 @@ def check_data(recipe: Recipe, splits) -> None:
     Raises:
         ValueError: If splits, columns, class names, images or label maps are at fault; the message has all faults.
     """
-    print_once(describe_classes(splits, recipe.class_names))
+    print_once(describe_classes(splits, recipe.data.class_names))
     faults = []
-    for name in dict.fromkeys((recipe.train_split, recipe.validation_split, recipe.test_split)):
+    for name in dict.fromkeys((recipe.data.train_split, recipe.data.validation_split, recipe.data.test_split)):
         try:
-            if recipe.streaming and name == recipe.train_split:
-                encoding = label_encoding(splits, recipe.class_names, recipe.reduce_labels)
-                columns = (recipe.image_column, recipe.label_column)
-                check_stream(get_split(splits, name), encoding, *columns, recipe.skip_unreadable)
+            if recipe.data.streaming and name == recipe.data.train_split:
+                encoding = label_encoding(splits, recipe.data.class_names, recipe.data.reduce_labels)
+                columns = (recipe.data.image_column, recipe.data.label_column)
+                check_stream(get_split(splits, name), encoding, *columns, recipe.data.skip_unreadable)
             else:
                 build_samples(recipe, splits, name)
         except ValueError as error:
@@ -216,78 +228,80 @@ def count_training_images(recipe: Recipe, splits) -> int:
     Raises:
         ValueError: If neither the recipe nor the dataset says.
     """
-    return count_images(get_split(splits, recipe.train_split), recipe.train_split, recipe.num_train_images)
+    return count_images(
+        get_split(splits, recipe.data.train_split), recipe.data.train_split, recipe.data.num_train_images
+    )
 
 
 def build_stream(recipe: Recipe, splits, num_images: int, arguments: TrainingArguments) -> StreamingDataset:
     """This process's part of the streamed training split."""
-    images_per_step = recipe.batch_size // arguments.world_size
+    images_per_step = recipe.optimization.batch_size // arguments.world_size
     return StreamingDataset(
-        get_split(splits, recipe.train_split),
-        label_encoding(splits, recipe.class_names, recipe.reduce_labels),
+        get_split(splits, recipe.data.train_split),
+        label_encoding(splits, recipe.data.class_names, recipe.data.reduce_labels),
         build_augmentation(recipe),
-        recipe.seed,
+        recipe.optimization.seed,
         images_per_epoch=recipe.steps_per_epoch(num_images) * images_per_step,
         batch_size=arguments.per_device_train_batch_size,
-        image_column=recipe.image_column,
-        label_column=recipe.label_column,
-        shuffle_buffer=recipe.shuffle_buffer,
+        image_column=recipe.data.image_column,
+        label_column=recipe.data.label_column,
+        shuffle_buffer=recipe.data.shuffle_buffer,
         process_index=arguments.process_index,
         num_processes=arguments.world_size,
-        skip_unreadable=recipe.skip_unreadable,
+        skip_unreadable=recipe.data.skip_unreadable,
     )
 
 
 def build_augmentation(recipe: Recipe) -> TrainingAugmentation:
     """The recipe's random transforms."""
     return TrainingAugmentation(
-        size=recipe.size,
-        crop_size=recipe.crop_size,
-        mean=recipe.image_mean,
-        std=recipe.image_std,
-        long_side_factor=recipe.long_side_factor,
-        scale_range=recipe.scale_range,
-        photometric=recipe.photometric,
+        size=recipe.data.size,
+        crop_size=recipe.data.crop_size,
+        mean=recipe.data.image_mean,
+        std=recipe.data.image_std,
+        long_side_factor=recipe.data.long_side_factor,
+        scale_range=recipe.data.scale_range,
+        photometric=recipe.data.photometric,
     )
 
 
 def build_loss(recipe: Recipe, samples: SegmentationDataset) -> RecipeLoss | None:
     """The recipe's loss where it is not the model's own; label maps are counted where classes are to be balanced."""
     weights = None
-    if recipe.class_weights is not None:
-        weights = torch.tensor(recipe.class_weights)
-    elif recipe.class_balance:
-        weights = balanced_weights(count_pixels(samples), recipe.class_balance)
-    if weights is None and not recipe.focal_gamma and not recipe.dice_weight:
+    if recipe.optimization.class_weights is not None:
+        weights = torch.tensor(recipe.optimization.class_weights)
+    elif recipe.optimization.class_balance:
+        weights = balanced_weights(count_pixels(samples), recipe.optimization.class_balance)
+    if weights is None and not recipe.optimization.focal_gamma and not recipe.optimization.dice_weight:
         return None
-    return RecipeLoss(weights, recipe.focal_gamma, recipe.dice_weight)
+    return RecipeLoss(weights, recipe.optimization.focal_gamma, recipe.optimization.dice_weight)
 
 
 def training_arguments(recipe: Recipe, output: Path, num_images: int) -> TrainingArguments:
     """`Trainer`'s view of the recipe; optimiser, rates and schedule are `SegmentationTrainer`'s own."""
-    steps = recipe.steps_per_epoch(num_images) * recipe.evaluate_every_epochs
+    steps = recipe.steps_per_epoch(num_images) * recipe.evaluation.evaluate_every_epochs
     arguments = TrainingArguments(
         output_dir=str(output),
-        num_train_epochs=recipe.epochs,
-        gradient_accumulation_steps=recipe.accumulation_steps,
+        num_train_epochs=recipe.optimization.epochs,
+        gradient_accumulation_steps=recipe.optimization.accumulation_steps,
         dataloader_drop_last=True,
-        dataloader_num_workers=recipe.num_workers,
+        dataloader_num_workers=recipe.hardware.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
-        learning_rate=recipe.learning_rate,
-        max_grad_norm=recipe.max_grad_norm,
+        learning_rate=recipe.optimization.learning_rate,
+        max_grad_norm=recipe.optimization.max_grad_norm,
         use_cpu=not torch.accelerator.is_available(),
-        bf16=recipe.precision == "bf16",
-        seed=recipe.seed,
+        bf16=recipe.hardware.precision == "bf16",
+        seed=recipe.optimization.seed,
         eval_strategy="steps",
         eval_steps=steps,
         save_strategy="steps",
-        save_steps=recipe.save_every_steps or steps,
+        save_steps=recipe.hardware.save_every_steps or steps,
         logging_steps=10,
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,  # backbones have some, such as DINOv2's mask token
         label_names=["labels"],
-        activation_checkpointing=recipe.gradient_checkpointing,
-        torch_compile=recipe.compile,
+        activation_checkpointing=recipe.hardware.gradient_checkpointing,
+        torch_compile=recipe.hardware.compile,
         report_to=trackers(recipe),
         disable_tqdm=not sys.stderr.isatty(),
     )
@@ -302,7 +316,7 @@ def training_arguments(recipe: Recipe, output: Path, num_images: int) -> Trainin
 
 def trackers(recipe: Recipe) -> list[str]:
     """The recipe's trackers; TensorBoard is left out, with a line that says so, where it is not installed."""
-    names = [] if recipe.report_to == "none" else recipe.report_to.split(",")
+    names = [] if recipe.evaluation.report_to == "none" else recipe.evaluation.report_to.split(",")
     if "tensorboard" in names and not is_tensorboard_available():
         print_once(
             "TensorBoard is not installed, so curves are only printed; `pip install tensorboard` has them drawn."
@@ -334,13 +348,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = get_recipe(arguments.recipe).override(arguments.overrides)
         if arguments.backbone is not None:
-            recipe = dataclasses.replace(recipe, backbone=arguments.backbone)
+            recipe = recipe.replace(backbone=arguments.backbone)
         checkpoint = find_checkpoint(arguments.output, arguments.resume)
         if checkpoint is not None:
             check_same_run(recipe, arguments.output / "recipe.json")
-        splits = load_dataset_splits(arguments.dataset, recipe.streaming)
+        splits = load_dataset_splits(arguments.dataset, recipe.data.streaming)
         check_data(recipe, splits)
-        test = build_samples(recipe, splits, recipe.test_split)
+        test = build_samples(recipe, splits, recipe.data.test_split)
         trainer, model = build_trainer(recipe, splits, arguments.output)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -355,10 +369,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer.accelerator.wait_for_everyone()
     # What is evaluated is what was saved; a model that the processes share could not be anyway.
     model, image_processor = load_model(str(arguments.output), trainer.args.device)
-    execution = Execution(num_workers=recipe.num_workers, state=PartialState())
+    execution = Execution(num_workers=recipe.hardware.num_workers, state=PartialState())
     record = evaluate(model, image_processor, test, execution=execution)
     if trainer.is_world_process_zero():
-        record |= {"model": str(arguments.output), "dataset": arguments.dataset, "split": recipe.test_split}
+        record |= {"model": str(arguments.output), "dataset": arguments.dataset, "split": recipe.data.test_split}
         record["environment"] = started_in
         write_json(record, arguments.output / "evaluation.json")
         print(render_table(record))
@@ -379,9 +393,9 @@ def save_trained(
     if weights is not None:
         model = DepictForSemanticSegmentation(model.config)
         model.load_state_dict(weights)
-    model.config.window_stride = recipe.final_window_stride or recipe.window_stride
+    model.config.window_stride = recipe.evaluation.final_window_stride or recipe.evaluation.window_stride
     model.eval().save_pretrained(output)
-    trainer.processing_class.size = {"shortest_edge": recipe.final_size or recipe.size}
+    trainer.processing_class.size = {"shortest_edge": recipe.evaluation.final_size or recipe.data.size}
     trainer.processing_class.save_pretrained(output)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from training.adapters import add_adapters, has_adapters, merge_adapters
+from training.optimization.adapters import add_adapters, has_adapters, merge_adapters
 
 
 @pytest.fixture

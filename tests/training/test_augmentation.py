@@ -5,7 +5,7 @@ import colorsys
 import pytest
 import torch
 
-from training.augmentation import (
+from training.data.augmentation import (
     TrainingAugmentation,
     normalize,
     pad,

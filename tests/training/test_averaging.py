@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.averaging import WeightAverage
+from training.optimization.averaging import WeightAverage
 
 
 def averaged_over(steps: list[float], decay: float) -> tuple[torch.nn.Linear, WeightAverage]:

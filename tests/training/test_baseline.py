@@ -8,7 +8,7 @@ from conftest import tiny_config, tiny_model
 
 from depict_hf import DepictForSemanticSegmentation
 from depict_hf.inference import segment
-from training.baseline import StraightforwardModel
+from training.evidence.baseline import StraightforwardModel
 
 
 def smooth_photo(height: int, width: int) -> np.ndarray:

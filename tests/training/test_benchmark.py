@@ -7,9 +7,18 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from training import benchmark, benchmark_cases
+from training import benchmark
 from training.benchmark import main, render, run_task
-from training.benchmark_cases import Side, Task, attention_bytes, end_to_end, other_models, stages, training_step
+from training.evidence import benchmark_cases
+from training.evidence.benchmark_cases import (
+    Side,
+    Task,
+    attention_bytes,
+    end_to_end,
+    other_models,
+    stages,
+    training_step,
+)
 
 CPU = torch.device("cpu")
 

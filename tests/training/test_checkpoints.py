@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from training.checkpoints import (
+from training.optimization.checkpoints import (
     check_same_run,
     discard_unfinished,
     find_checkpoint,
@@ -53,9 +53,9 @@ def test_another_recipe_does_not_continue_a_run(tmp_path):
     path = tmp_path / "recipe.json"
     check_same_run(recipe, path)  # nothing there yet
     path.write_text(json.dumps({"recipe": dataclasses.asdict(recipe)}))
-    check_same_run(dataclasses.replace(recipe, num_workers=7), path)
+    check_same_run(recipe.replace(num_workers=7), path)
     with pytest.raises(ValueError, match=r"epochs=3, there 120; batch_size=4, there 8"):
-        check_same_run(dataclasses.replace(recipe, batch_size=4, epochs=3), path)
+        check_same_run(recipe.replace(batch_size=4, epochs=3), path)
 
 
 def test_a_checkpoint_is_published_whole_and_the_oldest_go(tmp_path):

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training import checks, train
-from training.checks import describe_classes, inspect_samples, label_encoding, open_samples
-from training.data import SegmentationDataset, count_pixels, load_dataset_splits
-from training.layouts import Splits
+from training import train
+from training.data import checks
+from training.data.checks import describe_classes, inspect_samples, label_encoding, open_samples
+from training.data.layouts import Splits
+from training.data.loading import load_dataset_splits
+from training.data.samples import SegmentationDataset, count_pixels
 
 NAMES = ("road", "car", "sky")
 IMAGE = datasets.Image()

@@ -1,6 +1,5 @@
 """The comparison of decoders: statistics against their definitions, and whole runs on a tiny backbone."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -19,9 +18,15 @@ from depict_hf.inference import segment
 from depict_hf.vit import LayerRecord
 from depict_hf.windows import pad_to_multiple
 from training import compare
-from training.comparison_report import T_QUANTILES, build_report, judge_claim, paired_difference, render_markdown
-from training.features import DecoderOnFeatures
-from training.metrics import MeanIoU
+from training.data.features import DecoderOnFeatures
+from training.evaluation.metrics import MeanIoU
+from training.evidence.comparison_report import (
+    T_QUANTILES,
+    build_report,
+    judge_claim,
+    paired_difference,
+    render_markdown,
+)
 
 CLASSES = ("sky", "road", "tree", "car", "pole")
 FIELDS = [
@@ -144,7 +149,7 @@ def test_finished_runs_are_skipped_and_missing_ones_made(compared, command, monk
     train = compare.train_decoder
     monkeypatch.setattr(compare, "train_decoder", lambda *a: trained.append(a[0]) or train(*a))
     assert compare.main(command(compared, "--decoders", "sa", "mask_transformer", "--seeds", "0", "1")) == 0
-    assert [(recipe.decoder_type, recipe.seed) for recipe in trained] == [("sa", 0)]
+    assert [(recipe.model.decoder_type, recipe.optimization.seed) for recipe in trained] == [("sa", 0)]
     assert read(path)["losses"] == before["losses"]
 
 
@@ -235,7 +240,7 @@ def test_evaluation_on_the_cache_is_that_of_the_whole_model(command, dataset_fol
 def test_a_decoder_learns(dataset_folder, backbone_folder, tmp_path, monkeypatch):
     """Gradients are cleared between steps, the seed is that of the crops, and the schedule ends at zero."""
     recipe = compare.comparison_recipe("linear", backbone_folder, FIELDS)
-    recipe = dataclasses.replace(recipe, learning_rate=0.05, seed=5)
+    recipe = recipe.replace(learning_rate=0.05, seed=5)
     data = compare.load_data(recipe, dataset_folder, tmp_path)
     optimizers = []
     create = compare.create_optimizer

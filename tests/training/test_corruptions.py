@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 
-from training.corruptions import CORRUPTIONS, SEVERITIES, Corruption, cloud_map, parse_corruptions
+from training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption, cloud_map, parse_corruptions
 
 STREET = Path(__file__).parents[1] / "data" / "street.jpg"
 RANDOM = {"gaussian_noise", "shot_noise", "impulse_noise", "motion_blur", "fog"}

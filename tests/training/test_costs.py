@@ -1,10 +1,8 @@
 """FLOPs of recipes in closed form, and hours as their quotient by the stated rates."""
 
-import dataclasses
-
 import pytest
 
-from training.costs import ASSUMED_RATES, TrainingCost, cost_table, training_cost
+from training.evidence.costs import ASSUMED_RATES, TrainingCost, cost_table, training_cost
 from training.recipes import RECIPES, get_recipe
 
 
@@ -15,7 +13,7 @@ def vit_products(tokens: int, width: int, layers: int) -> int:
 
 def test_a_step_in_closed_form():
     """Backward costs twice the forward pass, but once for patches: images need no gradient."""
-    recipe = dataclasses.replace(get_recipe("ade20k_vit_tiny_sa"), decoder_type="linear")
+    recipe = get_recipe("ade20k_vit_tiny_sa").replace(decoder_type="linear")
     patches = 32 * 32
     blocks, classifier = vit_products(patches + 1, 192, 12), 2 * patches * 192 * 150
     expected = 8 * (3 * (blocks + classifier) + 2 * 2 * patches * 768 * 192)
@@ -33,7 +31,7 @@ def test_frozen_and_cached_encoders_cost_less():
     patches_once = 2 * patches * 3 * 14**2 * 384
     assert cost.flops_before == 2 * 367 * (vit_products(patches + 1, 384, 12) + patches_once)
     finetuned = get_recipe("camvid_dinov2_small_finetuned_linear")
-    whole = dataclasses.replace(finetuned, frozen_encoder_blocks=0)
+    whole = finetuned.replace(frozen_encoder_blocks=0)
     saved = training_cost(whole).flops_per_step - training_cost(finetuned).flops_per_step
     # The fifth block's first LayerNorm is trained, so that all of its products have both gradients.
     assert saved == 8 * (2 * vit_products(28 * 28 + 1, 384, 4) + 2 * 28 * 28 * 3 * 14**2 * 384)
@@ -50,9 +48,9 @@ def test_hours_are_flops_over_the_assumed_rate():
 def test_unknown_data_and_backbones_are_refused():
     recipe = get_recipe("ade20k_vit_tiny_sa")
     with pytest.raises(ValueError, match="Got recipe 'mine', needed one whose name begins with ade20k"):
-        training_cost(dataclasses.replace(recipe, name="mine"))
+        training_cost(recipe.replace(name="mine"))
     with pytest.raises(ValueError, match="Got backbone='mine', needed facebook/dinov2-small"):
-        training_cost(dataclasses.replace(recipe, encoder=None, backbone="mine"))
+        training_cost(recipe.replace(encoder=None, backbone="mine"))
 
 
 @pytest.mark.slow

@@ -7,15 +7,9 @@ import torch
 from PIL import Image
 
 from depict_hf import DepictImageProcessor
-from training.augmentation import TrainingAugmentation
-from training.data import (
-    EvaluationDataset,
-    SegmentationDataset,
-    TrainingDataset,
-    find_columns,
-    get_split,
-    load_dataset_splits,
-)
+from training.data.augmentation import TrainingAugmentation
+from training.data.loading import find_columns, get_split, load_dataset_splits
+from training.data.samples import EvaluationDataset, SegmentationDataset, TrainingDataset
 
 IMAGE, NUMBER = datasets.Image(), datasets.Value("int64")
 RNG = np.random.default_rng(0)

@@ -21,11 +21,13 @@ from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.export import export_model
 from depict_hf.inference import segment
 from depict_hf.loading import load_model
-from training import evaluate, evaluation
-from training.corruptions import Corruption
-from training.data import SegmentationDataset, load_dataset_splits
-from training.evaluation import Execution, Protocol, spread
-from training.metrics import MeanIoU
+from training import evaluate
+from training.data.loading import load_dataset_splits
+from training.data.samples import SegmentationDataset
+from training.evaluation import evaluator as evaluation
+from training.evaluation.corruptions import Corruption
+from training.evaluation.evaluator import Execution, Protocol, spread
+from training.evaluation.metrics import MeanIoU
 
 SIZES = [(32, 48), (40, 32), (36, 36), (32, 64), (48, 40)]
 FIGURES = ("mean_iou", "mean_accuracy", "overall_accuracy", "per_class_iou", "per_class_accuracy", "num_images")

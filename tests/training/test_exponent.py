@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from depict_hf import DepictConfig
-from training.exponent import measure_exponents, part_flops, render_exponents
-from training.measurement import log_slope
+from training.evaluation.measurement import log_slope
+from training.evidence.exponent import measure_exponents, part_flops, render_exponents
 
 GRIDS = [(side, side) for side in (32, 64, 128)]
 
@@ -32,7 +32,7 @@ def test_record_and_table(monkeypatch):
     """Times are proportional to 2 ** (calls so far), which no exponent but the table's could show."""
     seconds = iter([1.0, 2.0, 4.0, 32.0, 3.0, 3.0, 12.0, 48.0])
     monkeypatch.setattr(
-        "training.exponent.interleaved_seconds",
+        "training.evidence.exponent.interleaved_seconds",
         lambda functions, *args, **kwargs: {name: [next(seconds)] for name in functions},
     )
     record = measure_exponents("vit_tiny_patch16_384", 7, [64, 128], 1, 0.0, torch.device("cpu"))

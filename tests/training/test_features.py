@@ -10,8 +10,8 @@ from PIL import Image
 
 from depict_hf import DepictImageProcessor
 from depict_hf.vit import LayerRecord
-from training.data import SegmentationDataset
-from training.features import DecoderOnFeatures, FeatureDataset
+from training.data.features import DecoderOnFeatures, FeatureDataset
+from training.data.samples import SegmentationDataset
 from training.recipes import camvid_dinov2_small
 
 # Photographs of 30 x 44 pixels: 32 x 48 after padding, 4 x 6 patches of 8.

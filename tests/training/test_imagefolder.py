@@ -7,8 +7,9 @@ import datasets
 import pytest
 from PIL import Image
 
-from training.data import SegmentationDataset, load_dataset_splits
-from training.imagefolder import find_class_names, find_metadata, read_class_names
+from training.data.imagefolder import find_class_names, find_metadata, read_class_names
+from training.data.loading import load_dataset_splits
+from training.data.samples import SegmentationDataset
 
 
 @pytest.fixture(autouse=True)

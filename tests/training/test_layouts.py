@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from depict_hf.labels import class_names
-from training.checks import label_encoding
-from training.data import SegmentationDataset, load_dataset_splits
+from training.data.checks import label_encoding
+from training.data.loading import load_dataset_splits
+from training.data.samples import SegmentationDataset
 from training.recipes import get_recipe
 
 
@@ -147,7 +148,11 @@ def test_empty_folders_of_a_layout_are_refused(tmp_path):
 @pytest.mark.parametrize("recipe", ["ade20k_vit_tiny_sa", "cityscapes_vit_large_sa", "pascal_context_vit_large_sa"])
 def test_rows_of_the_paper_end_with_the_validation_split(recipe):
     """The only labelled one beside the training split in all three layouts."""
-    splits = get_recipe(recipe).train_split, get_recipe(recipe).validation_split, get_recipe(recipe).test_split
+    splits = (
+        get_recipe(recipe).data.train_split,
+        get_recipe(recipe).data.validation_split,
+        get_recipe(recipe).data.test_split,
+    )
     assert splits == ("train", "validation", "validation")
 
 

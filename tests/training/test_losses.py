@@ -1,6 +1,5 @@
 """The training loss against formulas written out pixel by pixel."""
 
-import dataclasses
 import math
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from depict_hf.modeling_depict import segmentation_loss
-from training.losses import RecipeLoss, balanced_weights
+from training.optimization.losses import RecipeLoss, balanced_weights
 from training.recipes import camvid_dinov2_small
 
 LABELS = torch.tensor([[[0, 1, 255], [2, 2, 255]], [[1, 1, 1], [0, 255, 255]]])
@@ -115,4 +114,4 @@ def test_ignored_pixels_change_nothing(logits):
 )
 def test_recipe_refuses(fields, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(camvid_dinov2_small("sa"), **fields)
+        camvid_dinov2_small("sa").replace(**fields)

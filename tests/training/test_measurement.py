@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.measurement import count_flops, interleaved_seconds, log_slope, matrix_product, peak_extra_bytes
+from training.evaluation.measurement import (
+    count_flops,
+    interleaved_seconds,
+    log_slope,
+    matrix_product,
+    peak_extra_bytes,
+)
 
 
 def test_functions_take_turns_and_the_first_round_does_not_count():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from training.metrics import EvaluateMeanIoU, MeanIoU, largest_difference, scores
+from training.evaluation.metrics import EvaluateMeanIoU, MeanIoU, largest_difference, scores
 
 FIXTURE = Path(__file__).parents[1] / "data" / "mean_iou.safetensors"
 KEYS = {"mean_iou", "mean_accuracy", "overall_accuracy", "per_category_iou", "per_category_accuracy"}

@@ -1,13 +1,11 @@
 """Layer-wise rates and frozen blocks, for the native encoder and for a backbone."""
 
-import dataclasses
-
 import pytest
 import transformers
 from conftest import tiny_model
 
 from depict_hf import DepictConfig, DepictForSemanticSegmentation
-from training.optimization import count_encoder_blocks, encoder_block, freeze_encoder_blocks, parameter_groups
+from training.optimization.groups import count_encoder_blocks, encoder_block, freeze_encoder_blocks, parameter_groups
 from training.recipes import camvid_dinov2_small
 
 
@@ -30,9 +28,7 @@ BACKBONE = (
 def test_rates_fall_from_block_to_block(make, names):
     model = make()
     num_blocks = count_encoder_blocks(model)
-    recipe = dataclasses.replace(
-        camvid_dinov2_small("sa"), learning_rate=0.1, encoder_rate_factor=0.5, encoder_layer_decay=0.2
-    )
+    recipe = camvid_dinov2_small("sa").replace(learning_rate=0.1, encoder_rate_factor=0.5, encoder_layer_decay=0.2)
     rates = {id(p): group["lr"] for group in parameter_groups(model, recipe) for p in group["params"]}
     parameters = dict(model.named_parameters())
     embedding, block, norm = names

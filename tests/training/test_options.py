@@ -13,7 +13,7 @@ from test_trainer import CLASSES, FIELDS, backbone_folder, dataset_folder, make_
 from depict_hf import DepictForSemanticSegmentation
 from depict_hf.inference import segment
 from training import train
-from training.pictures import sample_picture
+from training.evaluation.pictures import sample_picture
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
@@ -145,7 +145,7 @@ def test_a_model_that_does_not_fit_is_refused(fields, message, dataset_folder, b
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("average_decay=1", "average_decay=1.0, needed 0 or more and less than 1"),
+        ("average_decay=1", "average_decay=1.0, needed less than 1"),
         ("lora_rank=4", "lora_rank=4 with freeze_encoder=True; pass freeze_encoder=false"),
         ("sample_pictures=-1", "sample_pictures=-1, needed at least 0"),
     ],

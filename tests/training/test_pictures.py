@@ -5,7 +5,7 @@ import PIL.Image
 import torch
 
 from depict_hf.labels import colors_for
-from training.pictures import COLUMN_WIDTH, sample_picture, write_picture
+from training.evaluation.pictures import COLUMN_WIDTH, sample_picture, write_picture
 
 ID2LABEL = {0: "road", 1: "sky"}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.reading import LabelEncoding, UnreadableImageError, read_image, read_pair
+from training.data.reading import LabelEncoding, UnreadableImageError, read_image, read_pair
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (12, 16, 3), dtype=np.uint8)

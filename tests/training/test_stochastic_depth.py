@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from training.stochastic_depth import draw, share_stochastic_depth
+from training.optimization.stochastic_depth import draw, share_stochastic_depth
 
 CPU = torch.device("cpu")
 

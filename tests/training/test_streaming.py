@@ -12,10 +12,10 @@ from accelerate import skip_first_batches
 from PIL import Image
 
 from training import train
-from training.augmentation import TrainingAugmentation
-from training.reading import LabelEncoding
+from training.data.augmentation import TrainingAugmentation
+from training.data.reading import LabelEncoding
+from training.data.streaming import CHECKED_IMAGES, StreamingDataset, check_stream, count_images, store
 from training.recipes import get_recipe
-from training.streaming import CHECKED_IMAGES, StreamingDataset, check_stream, count_images, store
 
 IMAGES = 24
 ENCODING = LabelEncoding.counted(IMAGES)
@@ -214,7 +214,7 @@ def test_a_split_is_stored_for_evaluation(tmp_path, monkeypatch):
     [
         (["streaming=true"], "streaming with cache_features or class_balance, which read all images"),
         (["streaming=true", "cache_features=false", "class_balance=0.5"], "streaming with cache_features"),
-        (["shuffle_buffer=0"], "shuffle_buffer=0, needed at least 1 image"),
+        (["shuffle_buffer=0"], "shuffle_buffer=0, needed at least 1"),
     ],
 )
 def test_recipes_that_a_stream_cannot_serve_are_refused(fields, message):

@@ -1,6 +1,5 @@
 """Optimiser groups, schedule, frozen encoder, and the whole run from the command line on a tiny backbone."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -19,12 +18,12 @@ from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.conversion import convert_checkpoint
 from depict_hf.inference import segment
 from training import evaluate, train
-from training.metrics import MeanIoU
-from training.optimization import create_optimizer, create_scheduler, parameter_groups, rate_factor
+from training.evaluation.metrics import MeanIoU
+from training.optimization.groups import create_optimizer, create_scheduler, parameter_groups, rate_factor
 from training.recipes import camvid_dinov2_small, get_recipe
 
-RECIPE = dataclasses.replace(
-    camvid_dinov2_small("sa"), learning_rate=0.01, scale_rate_factor=5.0, encoder_rate_factor=0.1, weight_decay=0.3
+RECIPE = camvid_dinov2_small("sa").replace(
+    learning_rate=0.01, scale_rate_factor=5.0, encoder_rate_factor=0.1, weight_decay=0.3
 )
 CLASSES = ("sky", "road", "tree", "car", "pole")
 FIELDS = [
@@ -84,8 +83,8 @@ def test_frozen_parameters_are_in_no_group():
 
 def test_polynomial_schedule_is_the_published_one():
     """lr = (base - min) (1 - step / total)^0.9 + min, from the first step on."""
-    recipe = dataclasses.replace(
-        RECIPE, optimizer="sgd", schedule="polynomial", final_learning_rate=1e-5, warmup_steps=0, scale_rate_factor=1.0
+    recipe = RECIPE.replace(
+        optimizer="sgd", schedule="polynomial", final_learning_rate=1e-5, warmup_steps=0, scale_rate_factor=1.0
     )
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     optimizer = create_optimizer([{"params": [parameter]}], recipe)
@@ -110,8 +109,7 @@ def test_sgd_steps_are_those_of_the_published_code(name):
     """Ten steps of the published optimiser and scheduler on one batch: rate before each step, and loss."""
     folder = Path(__file__).parents[1] / "data" / "published" / name
     expected = load_file(folder / "expected.safetensors")
-    recipe = dataclasses.replace(
-        RECIPE,
+    recipe = RECIPE.replace(
         optimizer="sgd",
         schedule="polynomial",
         final_learning_rate=1e-5,
@@ -135,7 +133,7 @@ def test_sgd_steps_are_those_of_the_published_code(name):
 
 
 def test_cosine_schedule_after_warm_up():
-    recipe = dataclasses.replace(RECIPE, schedule="cosine", final_learning_rate=0.001, warmup_steps=4)
+    recipe = RECIPE.replace(schedule="cosine", final_learning_rate=0.001, warmup_steps=4)
     factors = [rate_factor(recipe, step, 24) for step in range(26)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[14] == pytest.approx(0.1 + 0.9 * 0.5)
@@ -184,9 +182,9 @@ def trained(tmp_path_factory, dataset_folder, backbone_folder):
 
 def test_run_writes_model_and_records(trained, dataset_folder, backbone_folder):
     recipe = json.loads((trained / "recipe.json").read_text())
-    assert recipe["recipe"]["class_names"] == list(CLASSES)
-    assert recipe["recipe"]["backbone"] == backbone_folder
-    assert recipe["recipe"]["seed"] == 0
+    assert recipe["recipe"]["data"]["class_names"] == list(CLASSES)
+    assert recipe["recipe"]["model"]["backbone"] == backbone_folder
+    assert recipe["recipe"]["optimization"]["seed"] == 0
     [session] = recipe["sessions"]
     assert (session["resumed_from"], session["environment"]["torch"]) == (None, torch.__version__)
     record = json.loads((trained / "evaluation.json").read_text())

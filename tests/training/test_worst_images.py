@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.metrics import MeanIoU
-from training.worst_images import WorstImages
+from training.evaluation.metrics import MeanIoU
+from training.evaluation.worst_images import WorstImages
 
 COLORS = [(255, 0, 0), (0, 255, 0)]
 

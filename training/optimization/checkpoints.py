@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from .recipe import Recipe
+from ..recipe import SECTIONS, Recipe
 
 # Written into a checkpoint's folder after everything else.
 COMPLETE = "complete.json"
@@ -125,19 +125,31 @@ def check_same_run(recipe: Recipe, path: Path) -> None:
 
 
 def changed_fields(before: dict, now: dict) -> dict[str, list]:
-    """Values before and now of the fields that differ; those that `before` lacks had the default of `Recipe`."""
+    """Values before and now of the fields that differ, by their short names.
+
+    Those that `before`, of a run that began with an earlier version, lacks had their default.
+    """
     defaults = {
         field.name: json.loads(json.dumps(field.default))
-        for field in dataclasses.fields(Recipe)
+        for kind in SECTIONS.values()
+        for field in dataclasses.fields(kind)
         if field.default is not dataclasses.MISSING
     }
-    before = defaults | before
+    before, now = defaults | _without_sections(before), _without_sections(now)
     return {name: [before.get(name), value] for name, value in now.items() if before.get(name) != value}
 
 
 def as_json(recipe: Recipe) -> dict:
     """The recipe's fields as a JSON file gives them back."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def _without_sections(recipe: dict) -> dict:
+    """All fields of a recipe's JSON in one dict; recipes had no sections once."""
+    flat = {}
+    for name, value in recipe.items():
+        flat |= value if name in SECTIONS else {name: value}
+    return flat
 
 
 def _delete(folder: Path) -> None:

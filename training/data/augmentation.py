@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
-IGNORE_INDEX = 255
+from depict_hf.configuration_depict import IGNORE_LABEL
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def random_crop(
             int(torch.randint(max(length - crop_size, 0) + 1, (), generator=generator)) for length in (height, width)
         )
         crop = labels[top : top + crop_size, left : left + crop_size]
-        counts = torch.bincount(crop.flatten(), minlength=IGNORE_INDEX + 1)
-        counts[IGNORE_INDEX] = 0
+        counts = torch.bincount(crop.flatten(), minlength=IGNORE_LABEL + 1)
+        counts[IGNORE_LABEL] = 0
         if (counts > 0).sum() > 1 and counts.max() < max_class_share * counts.sum():
             break
     return image[:, top : top + crop_size, left : left + crop_size], crop
@@ -167,7 +167,7 @@ def pad(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Fill up to `size` x `size` pixels at the bottom and right: the image with 0, the labels with 255."""
     height, width = labels.shape
     padding = (0, max(size - width, 0), 0, max(size - height, 0))
-    return F.pad(image, padding), F.pad(labels, padding, value=IGNORE_INDEX)
+    return F.pad(image, padding), F.pad(labels, padding, value=IGNORE_LABEL)
 
 
 def _random_contrast(image: Tensor, generator: torch.Generator) -> Tensor:

@@ -15,8 +15,9 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from .augmentation import TrainingAugmentation
-from .data import find_columns, read_sample, sample_generator, undecoded
+from .loading import find_columns
 from .reading import LabelEncoding, UnreadableImageError
+from .samples import read_sample, sample_generator, undecoded
 
 CHECKED_IMAGES = 64
 

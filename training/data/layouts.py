@@ -6,9 +6,9 @@ from pathlib import Path
 
 import datasets
 
+from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.labels import class_names
 
-from .augmentation import IGNORE_INDEX
 from .reading import LabelEncoding
 
 # Of the ids 0 to 33 in labelIds; all others are void.
@@ -132,7 +132,7 @@ def _cityscapes(root: Path) -> tuple[dict[str, Pairs], LabelEncoding]:
         pairs[split] = _pairs(root / "leftImg8bit" / folder, root / "gtFine" / folder, images, labels)
     if kind == "labelTrainIds":
         return pairs, LabelEncoding.counted(len(CITYSCAPES_CLASSES))
-    void = dict.fromkeys(range(34), IGNORE_INDEX)
+    void = dict.fromkeys(range(34), IGNORE_LABEL)
     return pairs, LabelEncoding.from_table(void | {id: index for index, id in enumerate(CITYSCAPES_CLASSES)})
 
 
@@ -174,7 +174,7 @@ def _camvid(root: Path) -> tuple[dict[str, Pairs], LabelEncoding]:
         labels = {name.replace(f"{folder}annot_", f"{folder}_"): path for name, path in labels.items()}
         images = _by_stem(root / folder, "*.png")
         pairs[split] = _pairs(root / folder, root / f"{folder}annot", images, labels)
-    return pairs, LabelEncoding.from_table({index: index for index in range(11)} | {11: IGNORE_INDEX})
+    return pairs, LabelEncoding.from_table({index: index for index in range(11)} | {11: IGNORE_LABEL})
 
 
 LAYOUTS = (

@@ -16,21 +16,18 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.windows import resize_bilinear
 
+from ..data import EpochSampler, StreamingDataset
+from ..evaluation import MeanIoU, sample_picture, spread, write_picture
+from ..recipe import Recipe
 from .adapters import has_adapters, merge_adapters
-from .augmentation import IGNORE_INDEX
 from .averaging import WeightAverage
 from .checkpoints import UNFINISHED, publish
-from .data import EpochSampler
-from .evaluation import spread
+from .groups import create_optimizer, create_scheduler, parameter_groups
 from .losses import RecipeLoss
-from .metrics import MeanIoU
-from .optimization import create_optimizer, create_scheduler, parameter_groups
-from .pictures import sample_picture, write_picture
-from .recipe import Recipe
 from .stochastic_depth import draw, share_stochastic_depth
-from .streaming import StreamingDataset
 
 KEPT_CHECKPOINTS = 2
 
@@ -68,18 +65,22 @@ class SegmentationTrainer(transformers.Trainer):
 
     def __init__(self, recipe: Recipe, loss: RecipeLoss | None = None, **kwargs):
         super().__init__(**kwargs)
-        if self.is_fsdp_enabled and (recipe.average_decay or recipe.lora_rank or recipe.cache_features):
+        if self.is_fsdp_enabled and (
+            recipe.optimization.average_decay or recipe.model.lora_rank or recipe.data.cache_features
+        ):
             raise ValueError(
                 "Got average_decay, lora_rank or cache_features for a model that the processes share (FSDP); leave "
                 "them out, or launch without FSDP, so that every process holds the model."
             )
         self.recipe = recipe
         self.loss = loss
-        self.train_sampler = EpochSampler(len(self.train_dataset), recipe.seed)
+        self.train_sampler = EpochSampler(len(self.train_dataset), recipe.optimization.seed)
         self.add_callback(EpochSetter(self.train_dataset, self.train_sampler))
         self.stochastic_depth = share_stochastic_depth(self.model)
         self.passes = 0
-        self.average = WeightAverage(self.model, recipe.average_decay) if recipe.average_decay else None
+        self.average = (
+            WeightAverage(self.model, recipe.optimization.average_decay) if recipe.optimization.average_decay else None
+        )
         if self.average:
             self.add_callback(self.average)
 
@@ -139,11 +140,11 @@ class SegmentationTrainer(transformers.Trainer):
         """Decide which branches the next pass drops, by the place that its images have in the whole step."""
         first = (self.passes * self.args.world_size + self.args.process_index) * num_images
         positions = range(first, first + num_images)
-        draw(self.stochastic_depth, self.recipe.seed, self.state.global_step, positions, self.args.device)
+        draw(self.stochastic_depth, self.recipe.optimization.seed, self.state.global_step, positions, self.args.device)
         self.passes += 1
 
     def _label_weight(self, labels: Tensor) -> Tensor:
-        return (labels != IGNORE_INDEX).sum().float() if self.loss is None else self.loss.label_weight(labels)
+        return (labels != IGNORE_LABEL).sum().float() if self.loss is None else self.loss.label_weight(labels)
 
     def _get_output_dir(self, trial) -> str:
         """Where `Trainer` writes a checkpoint, to be published when it is whole."""
@@ -242,11 +243,11 @@ class SegmentationTrainer(transformers.Trainer):
             `{prefix}_iou_{class name}` for classes that occur; all fractions.
         """
         model = self.accelerator.unwrap_model(self.model).eval()
-        metric = MeanIoU(model.config.num_labels, ignore_index=IGNORE_INDEX)
+        metric = MeanIoU(model.config.num_labels, ignore_index=IGNORE_LABEL)
         num_images = torch.zeros((), dtype=torch.long, device=self.args.device)
         shown = []
-        if self.is_world_process_zero() and self.recipe.sample_pictures:
-            shown = spread(len(dataloader.dataset), self.recipe.sample_pictures)
+        if self.is_world_process_zero() and self.recipe.evaluation.sample_pictures:
+            shown = spread(len(dataloader.dataset), self.recipe.evaluation.sample_pictures)
         with self.average.applied() if self.average else nullcontext():
             for position, batch in enumerate(dataloader):
                 batch = self._prepare_inputs(batch)

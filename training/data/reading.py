@@ -12,8 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from depict_hf import DepictImageProcessor
-
-from .augmentation import IGNORE_INDEX
+from depict_hf.configuration_depict import IGNORE_LABEL
 
 # What decoders raise on damaged, empty or missing files.
 _DECODING_ERRORS = (
@@ -49,14 +48,14 @@ class LabelEncoding:
     @classmethod
     def from_table(cls, table: dict[int, int]) -> "LabelEncoding":
         """By a table from ids to classes, 255 for ignored ones; 255 itself is ignored in any case."""
-        table = table | {IGNORE_INDEX: IGNORE_INDEX}
+        table = table | {IGNORE_LABEL: IGNORE_LABEL}
         return cls(tuple(table.get(index, -1) for index in range(max(table) + 1)))
 
     @classmethod
     def counted(cls, num_labels: int, reduce_labels: bool = False) -> "LabelEncoding":
         """Ids are the classes; with `reduce_labels` they are the classes plus one, and 0 is ignored."""
         if reduce_labels:
-            return cls.from_table({0: IGNORE_INDEX} | {index + 1: index for index in range(num_labels)})
+            return cls.from_table({0: IGNORE_LABEL} | {index + 1: index for index in range(num_labels)})
         return cls.from_table({index: index for index in range(num_labels)})
 
     def decode(self, ids: np.ndarray) -> Tensor:
@@ -76,8 +75,8 @@ class LabelEncoding:
         return torch.from_numpy(classes)
 
     def __str__(self) -> str:
-        ignored = [index for index, each in enumerate(self.classes) if each == IGNORE_INDEX]
-        meant = [index for index, each in enumerate(self.classes) if each not in (IGNORE_INDEX, -1)]
+        ignored = [index for index, each in enumerate(self.classes) if each == IGNORE_LABEL]
+        meant = [index for index, each in enumerate(self.classes) if each not in (IGNORE_LABEL, -1)]
         return f"{_ranges(meant)}, or {_ranges(ignored)} (ignored)"
 
 

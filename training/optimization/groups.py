@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from .recipe import Recipe
+from ..recipe import Recipe
 
 SCALE_PARAMETERS = ("mask_norm.", "step_size", "class_tokens")
 TOKENS = ("token", "position_embeddings", "lambda")
@@ -27,11 +27,11 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
         factor = 1.0
         if name.startswith("encoder."):
             blocks_above = num_blocks - 1 - encoder_block(name, num_blocks)
-            factor = recipe.encoder_rate_factor * recipe.encoder_layer_decay**blocks_above
+            factor = recipe.optimization.encoder_rate_factor * recipe.optimization.encoder_layer_decay**blocks_above
         elif any(part in name for part in SCALE_PARAMETERS):
-            factor = recipe.scale_rate_factor
+            factor = recipe.optimization.scale_rate_factor
         decays = parameter.ndim > 1 and not any(part in name for part in TOKENS)
-        key = (recipe.learning_rate * factor, recipe.weight_decay if decays else 0.0)
+        key = (recipe.optimization.learning_rate * factor, recipe.optimization.weight_decay if decays else 0.0)
         groups.setdefault(key, []).append(parameter)
     return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
 
@@ -66,9 +66,9 @@ def encoder_block(name: str, num_blocks: int) -> int:
 
 def create_optimizer(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimiser over the groups of `parameter_groups`."""
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    if recipe.optimization.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.optimization.learning_rate, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=recipe.optimization.learning_rate)
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, num_training_steps: int) -> LambdaLR:
@@ -82,10 +82,14 @@ def rate_factor(recipe: Recipe, step: int, num_training_steps: int) -> float:
     Source:
         `PolynomialLR`, segm/optim/scheduler.py in rstrudel/segmenter@20d1bfa, for "polynomial".
     """
-    if step < recipe.warmup_steps:
-        return (step + 1) / (recipe.warmup_steps + 1)
-    progress = (step - recipe.warmup_steps) / max(1, num_training_steps - recipe.warmup_steps)
+    if step < recipe.optimization.warmup_steps:
+        return (step + 1) / (recipe.optimization.warmup_steps + 1)
+    progress = (step - recipe.optimization.warmup_steps) / max(1, num_training_steps - recipe.optimization.warmup_steps)
     progress = min(progress, 1.0)
-    decay = (1 - progress) ** 0.9 if recipe.schedule == "polynomial" else 0.5 * (1 + math.cos(math.pi * progress))
-    final = recipe.final_learning_rate / recipe.learning_rate
+    decay = (
+        (1 - progress) ** 0.9
+        if recipe.optimization.schedule == "polynomial"
+        else 0.5 * (1 + math.cos(math.pi * progress))
+    )
+    final = recipe.optimization.final_learning_rate / recipe.optimization.learning_rate
     return final + (1 - final) * decay

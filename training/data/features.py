@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.modeling_depict import DepictSemanticSegmenterOutput, segmentation_loss
 from depict_hf.vit import LayerRecord
 from depict_hf.windows import pad_to_multiple, resize_bilinear
 
-from .augmentation import IGNORE_INDEX
-from .data import SegmentationDataset, sample_generator
+from .samples import SegmentationDataset, sample_generator
 
 
 class DecoderOnFeatures(nn.Module):
@@ -170,7 +170,7 @@ def _label_area(labels, area: tuple[int, int, int, int], mirror: bool) -> Tensor
     below, beside = max(bottom - height, 0), max(right - width, 0)
     first, last = (width - right + beside, width - left) if mirror else (left, right - beside)
     found = labels[top : bottom - below, first:last]
-    return F.pad(found.flip(-1) if mirror else found, (0, beside, 0, below), value=IGNORE_INDEX).long()
+    return F.pad(found.flip(-1) if mirror else found, (0, beside, 0, below), value=IGNORE_LABEL).long()
 
 
 def fingerprint(

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.inference import segment
 
-from .augmentation import IGNORE_INDEX
+from ..data import SegmentationDataset
 from .corruptions import Corruption
-from .data import SegmentationDataset
 from .measurement import peak_resident_bytes, wait_for
 from .metrics import MeanIoU, scores
 from .records import environment
@@ -136,7 +136,7 @@ def _count(
         collate_fn=list,
         generator=torch.Generator(),  # so that evaluating does not move the global one
     )
-    metric = MeanIoU(samples.num_labels, IGNORE_INDEX)
+    metric = MeanIoU(samples.num_labels, IGNORE_LABEL)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model_seconds = metric_seconds = 0.0
@@ -186,7 +186,7 @@ class _Photographs(Dataset):
     def __init__(self, samples: SegmentationDataset, corruption: Corruption | None):
         self.samples = samples
         self.corruption = corruption
-        self.label_dtype = torch.uint8 if samples.num_labels <= IGNORE_INDEX else torch.long
+        self.label_dtype = torch.uint8 if samples.num_labels <= IGNORE_LABEL else torch.long
 
     def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor] | ValueError:
         try:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from depict_hf.configuration_depict import IGNORE_LABEL
+
 
 class MeanIoU:
     """The `mean_iou` metric of `evaluate`, without keeping any label map.
@@ -31,7 +33,7 @@ class MeanIoU:
         metrics/mean_iou/mean_iou.py in huggingface/evaluate@210d214, whose histograms have the same effect.
     """
 
-    def __init__(self, num_labels: int, ignore_index: int = 255, reduce_labels: bool = False):
+    def __init__(self, num_labels: int, ignore_index: int = IGNORE_LABEL, reduce_labels: bool = False):
         if num_labels < 1:
             raise ValueError(f"Got num_labels={num_labels}, needed at least 1; pass the number of classes.")
         self.num_labels = num_labels
@@ -161,7 +163,7 @@ class EvaluateMeanIoU:
         ValueError: If there are more classes than the metric's 8-bit images hold.
     """
 
-    def __init__(self, num_labels: int, ignore_index: int = 255, source: str = "mean_iou"):
+    def __init__(self, num_labels: int, ignore_index: int = IGNORE_LABEL, source: str = "mean_iou"):
         import evaluate
 
         if num_labels > 256:

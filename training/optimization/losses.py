@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.windows import resize_bilinear
-
-from .augmentation import IGNORE_INDEX
 
 
 class RecipeLoss:
@@ -39,7 +38,7 @@ class RecipeLoss:
             label_weight: What the sum over pixels is divided by; that of `labels` if omitted.
         """
         log_probabilities = F.log_softmax(resize_bilinear(logits.float(), labels.shape[-2:]), dim=1)
-        kept = labels != IGNORE_INDEX
+        kept = labels != IGNORE_LABEL
         targets = torch.where(kept, labels, 0)
         log_target = log_probabilities.gather(1, targets[:, None])[:, 0]
         weights = self._pixel_weights(labels)
@@ -53,7 +52,7 @@ class RecipeLoss:
         return loss
 
     def _pixel_weights(self, labels: Tensor) -> Tensor:
-        kept = labels != IGNORE_INDEX
+        kept = labels != IGNORE_LABEL
         if self.class_weights is None:
             return kept.float()
         return kept * self.class_weights.to(labels.device)[torch.where(kept, labels, 0)]

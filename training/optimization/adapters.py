@@ -4,7 +4,7 @@ from torch import nn
 
 from depict_hf import DepictForSemanticSegmentation
 
-from .optimization import count_encoder_blocks, encoder_block
+from .groups import count_encoder_blocks, encoder_block
 
 
 def add_adapters(model: DepictForSemanticSegmentation, rank: int, alpha: float, num_frozen: int = 0) -> None:

@@ -8,10 +8,10 @@ from transformers import Dinov2Config
 from depict_hf import DepictConfig, DepictForSemanticSegmentation
 from depict_hf.vit import LayerRecord
 
-from .measurement import count_flops
-from .optimization import freeze_encoder_blocks
-from .recipe import Recipe
-from .recipes import RECIPES, get_recipe
+from ..evaluation import count_flops
+from ..optimization import freeze_encoder_blocks
+from ..recipe import Recipe
+from ..recipes import RECIPES, get_recipe
 
 # Images of the official training splits.
 TRAINING_IMAGES = {"ade20k": 20210, "pascal_context": 4998, "cityscapes": 2975, "camvid": 367}
@@ -62,16 +62,18 @@ def training_cost(recipe: Recipe) -> TrainingCost:
     """
     model = _meta_model(recipe)
     num_images = _training_images(recipe)
-    steps = recipe.epochs * recipe.steps_per_epoch(num_images)
-    if not recipe.cache_features:
-        images = torch.empty(recipe.batch_size, 3, recipe.crop_size, recipe.crop_size, device="meta")
+    steps = recipe.optimization.epochs * recipe.steps_per_epoch(num_images)
+    if not recipe.data.cache_features:
+        images = torch.empty(
+            recipe.optimization.batch_size, 3, recipe.data.crop_size, recipe.data.crop_size, device="meta"
+        )
         return TrainingCost(count_flops(lambda: model(images).logits.sum().backward()), steps)
-    side = recipe.crop_size // model.config.encoder_patch_size
-    patches = torch.empty(recipe.batch_size, side * side, model.encoder.hidden_size, device="meta")
+    side = recipe.data.crop_size // model.config.encoder_patch_size
+    patches = torch.empty(recipe.optimization.batch_size, side * side, model.encoder.hidden_size, device="meta")
     step = count_flops(lambda: model.decoder(patches, (side, side)).sum().backward())
     patch_size = model.config.encoder_patch_size
     height, width = (
-        -(-int(length) // patch_size) * patch_size for length in (recipe.size, recipe.size * CAMVID_ASPECT)
+        -(-int(length) // patch_size) * patch_size for length in (recipe.data.size, recipe.data.size * CAMVID_ASPECT)
     )
     images = torch.empty(2 * num_images, 3, height, width, device="meta")  # each image and its mirror image
     return TrainingCost(step, steps, count_flops(lambda: model.encoder(images, LayerRecord())))
@@ -86,21 +88,23 @@ def _training_images(recipe: Recipe) -> int:
 
 def _meta_model(recipe: Recipe) -> DepictForSemanticSegmentation:
     """The recipe's model without weights, in training mode, with attention written out so that all of it counts."""
-    fields = {"decoder_type": recipe.decoder_type, "num_labels": len(recipe.class_names)}
-    if recipe.encoder is not None:
-        config = DepictConfig.from_preset(recipe.encoder, image_size=recipe.crop_size, **fields)
-    elif recipe.backbone == "facebook/dinov2-small":
+    fields = {"decoder_type": recipe.model.decoder_type, "num_labels": len(recipe.data.class_names)}
+    if recipe.model.encoder is not None:
+        config = DepictConfig.from_preset(recipe.model.encoder, image_size=recipe.data.crop_size, **fields)
+    elif recipe.model.backbone == "facebook/dinov2-small":
         backbone = Dinov2Config(
             hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=14, image_size=518
         )
         config = DepictConfig(backbone_config=backbone, **fields)
     else:
-        raise ValueError(f"Got backbone={recipe.backbone!r}, needed facebook/dinov2-small or a recipe with `encoder`.")
+        raise ValueError(
+            f"Got backbone={recipe.model.backbone!r}, needed facebook/dinov2-small or a recipe with `encoder`."
+        )
     with torch.device("meta"):
         model = DepictForSemanticSegmentation(config).train()
     model.set_attn_implementation("eager")
-    model.encoder.requires_grad_(not recipe.freeze_encoder)
-    freeze_encoder_blocks(model, recipe.frozen_encoder_blocks)
+    model.encoder.requires_grad_(not recipe.model.freeze_encoder)
+    freeze_encoder_blocks(model, recipe.model.frozen_encoder_blocks)
     return model
 
 

@@ -8,7 +8,7 @@ import torch
 from depict_hf import DepictConfig, DepictForSemanticSegmentation
 from depict_hf.vit import LayerRecord
 
-from .measurement import count_flops, interleaved_seconds, log_slope
+from ..evaluation import count_flops, interleaved_seconds, log_slope
 
 EXPONENT_SIZES = (512, 768, 1024, 1536, 2048)
 DECODERS = ("sa", "cbsa")

@@ -1,164 +1,20 @@
-"""Datasets of photographs and label maps: where their columns are, how they are read, trained on and evaluated."""
+"""Photographs and label maps as samples: read one by one, trained on as crops, evaluated whole."""
 
 import hashlib
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from depict_hf import DepictImageProcessor
+from depict_hf.configuration_depict import IGNORE_LABEL
 
-from .augmentation import IGNORE_INDEX, TrainingAugmentation
-from .imagefolder import find_class_names, find_metadata, load_imagefolder
-from .layouts import LAYOUTS, Splits, find_layout
+from .augmentation import TrainingAugmentation
+from .loading import find_columns
 from .reading import LabelEncoding, UnreadableImageError, name_of, read_pair
-
-IMAGE_COLUMNS = ("image", "img", "pixel_values", "photo")
-LABEL_COLUMNS = (
-    "label",
-    "labels",
-    "label_map",
-    "annotation",
-    "annotations",
-    "mask",
-    "masks",
-    "ground_truth",
-    "segmentation",
-    "segmentation_map",
-    "segmentation_mask",
-    "semantic_segmentation",
-)
-_SLICE = re.compile(r"(?P<name>.+)\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\]")
-
-
-def load_dataset_splits(name_or_path: str | Path, streaming: bool = False) -> Splits:
-    """Load every split of a dataset on the Hub or in a local folder.
-
-    Args:
-        name_or_path: A dataset of the Hub that needs no script, or a folder: laid out like one on the Hub, in an
-            official layout (`training.layouts`), an `imagefolder` (`training.imagefolder`), or written by
-            `save_to_disk`.
-        streaming: Whether splits are read on the way, as `datasets.IterableDataset`.
-
-    Raises:
-        FileNotFoundError: If there is neither such a folder nor such a dataset.
-        ValueError: If a folder is incomplete or looks like several layouts, or the data cannot be loaded.
-    """
-    folder = Path(name_or_path)
-    try:
-        if not folder.is_dir():
-            return Splits(datasets.load_dataset(str(name_or_path), streaming=streaming))
-        return _load_folder(folder, streaming)
-    except (RuntimeError, DatasetGenerationError) as error:
-        # `RuntimeError` for datasets that need a script.
-        reason = f"{error} {error.__cause__ or ''}".strip()
-        raise ValueError(
-            f"{name_or_path} cannot be loaded; needed are complete data and no script: {reason}"
-        ) from error
-
-
-def _load_folder(folder: Path, streaming: bool) -> Splits:
-    metadata = find_metadata(folder)
-    official = find_layout(folder)
-    if official is not None and metadata:
-        raise ValueError(
-            f"{folder} looks like {official.layout}, but also holds {metadata[0].relative_to(folder)}, as a folder of "
-            "your own images does; remove one of the two."
-        )
-    if official is not None:
-        return _streamed(official) if streaming else official
-    names = find_class_names(folder)
-    if metadata:
-        return Splits(load_imagefolder(folder, metadata, streaming), "an imagefolder", names)
-    if (folder / "dataset_dict.json").is_file():
-        saved = Splits(datasets.load_from_disk(str(folder)), "a dataset saved to disk", names)
-        return _streamed(saved) if streaming else saved
-    try:
-        return Splits(datasets.load_dataset(str(folder), streaming=streaming), "a folder in Hub layout", names)
-    except (FileNotFoundError, ValueError) as error:
-        official_names = ", ".join(layout.name for layout in LAYOUTS)
-        raise ValueError(
-            f"Found no dataset in {folder}; needed is a folder in Hub layout, in the official layout of one of "
-            f"{official_names}, or of images with a metadata.jsonl ({error})"
-        ) from error
-
-
-def _streamed(splits: Splits) -> Splits:
-    """The same splits as streams, in parts that workers can share."""
-    streams = {name: split.to_iterable_dataset(num_shards=min(len(split), 64)) for name, split in splits.items()}
-    return Splits(streams, splits.layout, splits.class_names, splits.encoding)
-
-
-def get_split(splits: Mapping[str, datasets.Dataset], name: str) -> datasets.Dataset:
-    """One split by name, or a part of it: `train[:80%]`, `train[80%:]`, `train[:100]`.
-
-    Raises:
-        ValueError: If the dataset has no such split.
-    """
-    found = _SLICE.fullmatch(name)
-    whole = found["name"] if found else name
-    if whole not in splits:
-        raise ValueError(
-            f"Got split {name!r}, needed one of those in the dataset: {', '.join(splits)}. Name it with train_split=, "
-            "validation_split= or test_split= (--split of training.evaluate), or use parts of one, such as "
-            "train_split=train[:80%] validation_split=train[80%:]."
-        )
-    if not found:
-        return splits[whole]
-    if isinstance(splits[whole], datasets.IterableDataset):
-        raise ValueError(f"Got split {name!r}, but a stream has no parts; leave streaming out, or name whole splits.")
-    start, stop = (_position(found[each], len(splits[whole]), at) for each, at in (("start", 0), ("stop", None)))
-    return splits[whole].select(range(start, stop))
-
-
-def _position(text: str | None, length: int, otherwise: int | None) -> int:
-    """Of a bound of a slice, in percent or images."""
-    if text is None:
-        return length if otherwise is None else otherwise
-    position = round(length * int(text[:-1]) / 100) if text.endswith("%") else int(text)
-    return min(position, length)
-
-
-def find_columns(
-    features: datasets.Features, image_column: str | None = None, label_column: str | None = None
-) -> tuple[str, str]:
-    """Names of the photograph's and the label map's column: as given, else found by their usual names.
-
-    Args:
-        features: Of the dataset; only columns of images are candidates.
-        image_column: Its name where it is known.
-        label_column: Its name where it is known.
-
-    Raises:
-        ValueError: If a given column does not exist or holds no images, or none or several have a usual name.
-    """
-    candidates = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    image_column = _find_column("image", image_column, IMAGE_COLUMNS, candidates, list(features))
-    label_column = _find_column("label", label_column, LABEL_COLUMNS, candidates, list(features))
-    return image_column, label_column
-
-
-def _find_column(
-    kind: str, given: str | None, usual_names: Sequence[str], candidates: list[str], columns: list[str]
-) -> str:
-    existing = f"columns: {', '.join(columns)}; columns of images: {', '.join(candidates) or 'none'}"
-    if given is not None:
-        if given not in candidates:
-            raise ValueError(f"Got {kind}_column={given!r}, which is no column of images of the dataset ({existing}).")
-        return given
-    found = [name for name in candidates if name in usual_names]
-    if len(found) != 1:
-        raise ValueError(
-            f"Found {len(found)} columns that could be the {kind} ({', '.join(found) or 'none'}), needed one; pass "
-            f"{kind}_column=NAME ({existing}). In a metadata.jsonl, names of such columns end in _file_name."
-        )
-    return found[0]
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
@@ -278,7 +134,7 @@ def count_pixels(samples: SegmentationDataset) -> Tensor:
     counts = torch.zeros(samples.num_labels, dtype=torch.long)
     for index in range(len(samples)):
         labels = samples[index]["labels"]
-        counts += torch.bincount(labels[labels != IGNORE_INDEX], minlength=samples.num_labels)
+        counts += torch.bincount(labels[labels != IGNORE_LABEL], minlength=samples.num_labels)
     return counts
 
 

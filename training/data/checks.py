@@ -15,11 +15,13 @@ from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from depict_hf.configuration_depict import IGNORE_LABEL
+
 from . import reading
-from .augmentation import IGNORE_INDEX
-from .data import SegmentationDataset, get_split
 from .layouts import Splits
+from .loading import get_split
 from .reading import LabelEncoding, UnreadableImageError
+from .samples import SegmentationDataset
 from .streaming import store
 
 _BATCH = 16
@@ -173,9 +175,9 @@ class _Readings(Dataset):
             return index, (True, f"image {index}: {error.__cause__}"), None
         except ValueError as error:
             return index, (False, str(error)), None
-        counts = torch.bincount(labels, minlength=IGNORE_INDEX + 1)
-        ignored = int(counts[IGNORE_INDEX])
-        counts[IGNORE_INDEX] = 0
+        counts = torch.bincount(labels, minlength=IGNORE_LABEL + 1)
+        ignored = int(counts[IGNORE_LABEL])
+        counts[IGNORE_LABEL] = 0
         # Beyond 255 classes, those after the ignored id are counted, too.
         padded = torch.nn.functional.pad(counts, (0, max(self.samples.num_labels - len(counts), 0)))
         return index, None, (padded[: self.samples.num_labels].tolist(), ignored)

@@ -1,0 +1,44 @@
+"""Folders, Hub data sets and streams to checked samples; augmentation; cached features."""
+
+from .augmentation import TrainingAugmentation
+from .checks import describe_classes, label_encoding, open_samples, print_once
+from .features import DecoderOnFeatures, FeatureDataset
+from .imagefolder import read_class_names
+from .layouts import Splits
+from .loading import find_columns, get_split, load_dataset_splits
+from .reading import LabelEncoding, UnreadableImageError
+from .samples import (
+    EpochSampler,
+    EvaluationDataset,
+    SegmentationDataset,
+    TrainingDataset,
+    count_pixels,
+    sample_generator,
+)
+from .streaming import StreamingDataset, check_stream, count_images
+
+__all__ = [
+    "DecoderOnFeatures",
+    "EpochSampler",
+    "EvaluationDataset",
+    "FeatureDataset",
+    "LabelEncoding",
+    "SegmentationDataset",
+    "Splits",
+    "StreamingDataset",
+    "TrainingAugmentation",
+    "TrainingDataset",
+    "UnreadableImageError",
+    "check_stream",
+    "count_images",
+    "count_pixels",
+    "describe_classes",
+    "find_columns",
+    "get_split",
+    "label_encoding",
+    "load_dataset_splits",
+    "open_samples",
+    "print_once",
+    "read_class_names",
+    "sample_generator",
+]

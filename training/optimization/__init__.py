@@ -1,0 +1,32 @@
+"""How weights move: Trainer, losses, parameter groups, rates, averages, adapters, checkpoints."""
+
+from .adapters import add_adapters
+from .checkpoints import check_same_run, discard_unfinished, find_checkpoint
+from .groups import (
+    count_encoder_blocks,
+    create_optimizer,
+    create_scheduler,
+    encoder_block,
+    freeze_encoder_blocks,
+    parameter_groups,
+    rate_factor,
+)
+from .losses import RecipeLoss, balanced_weights
+from .trainer import SegmentationTrainer
+
+__all__ = [
+    "RecipeLoss",
+    "SegmentationTrainer",
+    "add_adapters",
+    "balanced_weights",
+    "check_same_run",
+    "count_encoder_blocks",
+    "create_optimizer",
+    "create_scheduler",
+    "discard_unfinished",
+    "encoder_block",
+    "find_checkpoint",
+    "freeze_encoder_blocks",
+    "parameter_groups",
+    "rate_factor",
+]
