@@ -1,22 +1,65 @@
 """DEPICT, the white-box decoder for semantic segmentation, for the Hugging Face ecosystem.
 
-Importing the package registers its classes with `AutoConfig`, `AutoModelForSemanticSegmentation` and
-`AutoImageProcessor`, and marks them to travel with saved models, which then load with `trust_remote_code=True`
-elsewhere.
+Importing the package costs milliseconds: its names are loaded when they are used. It registers the classes with
+`AutoConfig`, `AutoModelForSemanticSegmentation` and `AutoImageProcessor`, whether transformers is imported before or
+after it, and marks them to travel with saved models, which then load with `trust_remote_code=True` elsewhere.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
+import threading
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from .configuration_depict import DepictConfig
-from .image_processing_depict import DepictImageProcessor
-from .modeling_depict import DepictForSemanticSegmentation
+from .registration import register_with_transformers
 
-__all__ = ["DepictConfig", "DepictForSemanticSegmentation", "DepictImageProcessor"]
+if TYPE_CHECKING:
+    from .configuration_depict import DepictConfig
+    from .image_processing_depict import DepictImageProcessor
+    from .inference import load_photo, segment, segment_stream
+    from .loading import default_model, load_model
+    from .modeling_depict import DepictForSemanticSegmentation
 
-AutoConfig.register("depict", DepictConfig)
-AutoModelForSemanticSegmentation.register(DepictConfig, DepictForSemanticSegmentation)
-AutoImageProcessor.register(DepictConfig, image_processor_classes={"torchvision": DepictImageProcessor})
+__all__ = [
+    "DepictConfig",
+    "DepictForSemanticSegmentation",
+    "DepictImageProcessor",
+    "default_model",
+    "load_model",
+    "load_photo",
+    "segment",
+    "segment_stream",
+]
 
-DepictConfig.register_for_auto_class()
-DepictForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
-DepictImageProcessor.register_for_auto_class()
+_MODULE_OF = {
+    "DepictConfig": "configuration_depict",
+    "DepictForSemanticSegmentation": "modeling_depict",
+    "DepictImageProcessor": "image_processing_depict",
+    "default_model": "loading",
+    "load_model": "loading",
+    "load_photo": "inference",
+    "segment": "inference",
+    "segment_stream": "inference",
+}
+
+# transformers and torchvision cannot be imported by several threads at once.
+_loading = threading.RLock()
+
+
+def __getattr__(name: str):
+    """A public name, or a module of the package, the first time that it is used."""
+    if name in _MODULE_OF:
+        with _loading:
+            value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        with _loading:
+            return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

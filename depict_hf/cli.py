@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-DEFAULT_MODEL = Path(__file__).parent / "default_model"
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -23,14 +22,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Version(argparse.Action):
+    """Prints the version of the installed package, which is looked up only when it is asked for."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"depict-hf {version('depict-hf')}")
+        except PackageNotFoundError:
+            print("depict-hf, not installed: run from its source code")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="depict", description=__doc__)
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     segment = commands.add_parser("segment", help="label every pixel of photographs")
     segment.set_defaults(command=segment_photos)
     segment.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="image file, or folder of image files")
-    segment.add_argument("--model", default=str(DEFAULT_MODEL), help="folder or Hub name; default: the one shipped")
+    segment.add_argument(
+        "--model", default="default", help="folder, Hub name or 'default', the model shipped (%(default)s)"
+    )
     segment.add_argument("--output", type=Path, default=Path("segmented"), help="folder for results (%(default)s)")
     segment.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes relative to the model's own")
     segment.add_argument("--flip", action="store_true", help="average with the mirror image")
@@ -58,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a model as a file that runs without this package")
     export.set_defaults(command=export_file)
-    export.add_argument("model", metavar="MODEL", help="folder or Hub name")
+    export.add_argument("model", metavar="MODEL", help="folder, Hub name or 'default'")
     export.add_argument("output", type=Path, metavar="OUT", help="folder for the file; new or empty")
     export.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="%(default)s by default")
     export.add_argument(
@@ -79,10 +97,11 @@ def segment_photos(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .inference import segment_files
+    from .loading import load_model
 
     paths = list(dict.fromkeys(_expand(args.photos)))
     targets = dict(zip(paths, _targets(paths, args.output), strict=True))
-    model, image_processor = _load_model(args.model, args.device, args.dtype, args.backend)
+    model, image_processor = load_model(args.model, args.device, args.dtype, args.backend)
     args.output.mkdir(parents=True, exist_ok=True)
 
     def write(path: Path, photo, segmentation) -> str:
@@ -100,15 +119,6 @@ def segment_photos(args: argparse.Namespace) -> int:
         overlay_path, labels_path = targets[file.path]
         progress.write(f"{file.path} -> {overlay_path}, {labels_path}\n{file.result}")
     return 1 if num_failed else 0
-
-
-def _load_model(name: str, device: str, dtype: str = "float32", backend: str = "pytorch"):
-    """As `loading.load_model`; FileNotFoundError where the default model is asked for and not installed."""
-    from .loading import load_model
-
-    if name == str(DEFAULT_MODEL) and not DEFAULT_MODEL.is_dir():
-        raise FileNotFoundError("This installation carries no model; name one with --model FOLDER_OR_HUB_NAME.")
-    return load_model(name, device, dtype, backend)
 
 
 def _write_pictures(photo, segmentation, overlay_path: Path, labels_path: Path, config, alpha: float) -> str:
@@ -146,9 +156,10 @@ def convert_published(args: argparse.Namespace) -> int:
 def export_file(args: argparse.Namespace) -> int:
     """Export a model, and say what its input is."""
     from .export import export_model
+    from .loading import load_model
 
     _check_empty(args.output)
-    model, image_processor = _load_model(args.model, "cpu")
+    model, image_processor = load_model(args.model)
     size = tuple(args.size) if args.size else None
     path, size, outputs = export_model(model, image_processor, args.output, args.format, size, args.labels, args.int8)
     if size:

@@ -12,6 +12,7 @@ from .modeling_depict import DepictForSemanticSegmentation
 def save_half_precision(source: str | Path, folder: str | Path) -> None:
     """Copy a model and its image processor with float16 weights and without the code that travels to the Hub.
 
+    The files say float32 for computation, so that `from_pretrained` converts the weights unless asked otherwise.
     Such a folder loads where this package is installed; it is the form of `depict_hf/default_model`. Use
     `save_pretrained` or `push_to_hub` for one that also loads with `trust_remote_code=True` elsewhere.
 
@@ -35,6 +36,8 @@ def save_half_precision(source: str | Path, folder: str | Path) -> None:
     for path in folder.glob("*.json"):
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings.pop("auto_map", None)
+        # How weights are stored says nothing about how to compute: transformers would load, and fine-tune, in float16.
+        settings |= {"dtype": "float32"} if "dtype" in settings else {}
         # Where the backbone's weights once lay is of no use elsewhere.
         (settings.get("backbone_config") or {}).pop("_name_or_path", None)
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -13,8 +13,41 @@ from .modeling_depict import DepictForSemanticSegmentation
 if TYPE_CHECKING:
     from .onnx_backend import OnnxModel
 
+DEFAULT_MODEL = Path(__file__).parent / "default_model"
 BACKENDS = ("pytorch", "onnxruntime")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def default_model(
+    device: torch.device | str = "cpu", dtype: str = "float32"
+) -> tuple[DepictForSemanticSegmentation, DepictImageProcessor]:
+    """The model that comes with the package, in evaluation mode, and its image processor, from any working directory.
+
+    It computes in float32 unless another dtype is asked for, although its files are stored in half precision.
+
+    Args:
+        device: Where to.
+        dtype: As for `load_model`.
+
+    Raises:
+        FileNotFoundError: If this installation carries no model.
+    """
+    return load_model("default", device, dtype)
+
+
+def model_source(name: str | Path) -> str | Path:
+    """What to load for a model's name: "default" is the model that comes with the package, wherever one stands.
+
+    A folder called `default` in the working directory is therefore `./default`; a `Path` is always a folder.
+
+    Raises:
+        FileNotFoundError: If "default" is asked for and this installation carries no model.
+    """
+    if name != "default":
+        return name
+    if not (DEFAULT_MODEL / "config.json").is_file():
+        raise FileNotFoundError("This installation carries no model; name one: a folder or Hub name (--model NAME).")
+    return DEFAULT_MODEL
 
 
 def load_model(
@@ -23,15 +56,16 @@ def load_model(
     """A model in evaluation mode, and its image processor.
 
     Args:
-        name: Folder or Hub name; for ONNX Runtime a folder that `depict export` wrote.
+        name: Folder, Hub name or "default" (see `model_source`); for ONNX Runtime a folder that `depict export` wrote.
         dtype: Of weights and computation, a key of `DTYPES`.
         backend: One of `BACKENDS`; exports compute as they were written.
 
     Raises:
         ValueError: If it cannot be loaded whole, or not to this device, or the options do not fit each other.
-        OSError: If a folder holds no export.
+        OSError: If a folder holds no export, or "default" is asked for and not installed.
         ImportError: If ONNX Runtime is missing.
     """
+    name = model_source(name)
     if backend == "onnxruntime":
         from .onnx_backend import load_onnx
 

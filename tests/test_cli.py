@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor, cli
+from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor, loading
 from depict_hf.cli import main
 from depict_hf.inference import segment
 
@@ -117,14 +119,14 @@ def test_photos_are_not_overwritten(model_folder, tmp_path, capsys):
         (["segment", "PHOTO", "--model", "EMPTY", "--backend", "onnxruntime"], "EMPTY holds no model.onnx; make such"),
         (["export", "EMPTY", "OUT"], "cannot load the model"),
         (["export", "EMPTY", "EMPTY/.."], "is not an empty folder"),
-        (["segment", "PHOTO"], "carries no model; name one with --model"),
+        (["segment", "PHOTO"], "carries no model; name one"),
         (["convert", "EMPTY", "OUT"], "checkpoint.pth does not exist"),
         (["convert", "EMPTY", "EMPTY/.."], "is not an empty folder"),
         (["convert", "EMPTY", "PHOTO"], "is not an empty folder"),
     ],
 )
 def test_commands_that_cannot_start(arguments, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "DEFAULT_MODEL", tmp_path / "default_model")
+    monkeypatch.setattr(loading, "DEFAULT_MODEL", tmp_path / "default_model")
     (tmp_path / "EMPTY").mkdir()
     save_photo(tmp_path / "PHOTO.png")
     paths = {"PHOTO": str(tmp_path / "PHOTO.png")}
@@ -222,3 +224,12 @@ def test_convert_reads_a_variant_from_elsewhere(tmp_path):
     arguments = [str(tmp_path / "weights.pth"), str(tmp_path / "out"), "--variant", str(tmp_path / "other.yml")]
     assert main(["convert", *arguments]) == 0
     assert DepictForSemanticSegmentation.from_pretrained(tmp_path / "out").config.window_stride == 1
+
+
+@pytest.mark.parametrize("command", [["-m", "depict_hf", "--help"], ["-m", "depict_hf", "--version"]])
+def test_help_and_version_come_at_once(command, tmp_path):
+    """Fails if anything heavy is imported before it is known what to do; twice the time promised, for busy machines."""
+    began = time.monotonic()
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+    assert time.monotonic() - began < 1
+    assert "depict" in result.stdout

@@ -14,7 +14,11 @@ def test_half_precision_keeps_values_and_leaves_the_code_out(tmp_path):
     DepictImageProcessor(size={"shortest_edge": 48}).save_pretrained(tmp_path / "full")
     save_half_precision(tmp_path / "full", tmp_path / "half")
 
-    loaded = DepictForSemanticSegmentation.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    loaded = DepictForSemanticSegmentation.from_pretrained(tmp_path / "half")
+    assert loaded.dtype == torch.float32
+    assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.7 * (
+        tmp_path / "full" / "model.safetensors"
+    ).stat().st_size
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.half().float()), name
     assert DepictImageProcessor.from_pretrained(tmp_path / "half").size.shortest_edge == 48
@@ -24,7 +28,7 @@ def test_half_precision_keeps_values_and_leaves_the_code_out(tmp_path):
         "preprocessor_config.json",
     ]
     config = json.loads((tmp_path / "half" / "config.json").read_text())
-    assert "auto_map" not in config and config["dtype"] == "float16"
+    assert "auto_map" not in config and config["dtype"] == "float32"
 
 
 def test_weights_beyond_half_precision_are_refused(tmp_path):

@@ -1,16 +1,42 @@
-"""`import depict_hf` stays light, and imports between modules point one way."""
+"""`import depict_hf` stays light, registers with transformers in any order, and imports point one way."""
 
 import importlib
 import subprocess
 import sys
 
 import pytest
+from conftest import tiny_model
+
+from depict_hf import DepictImageProcessor
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """Standard output of a fresh interpreter."""
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def modules_after(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(' '.join(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(result.stdout.split())
+    return set(run_python(f"import sys; {statement}; print(' '.join(sys.modules))").split())
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    DepictImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import depict_hf", "import depict_hf.cli", "from depict_hf import labels, cli", "import depict_hf.visualization"],
+)
+def test_what_needs_no_model_loads_no_torch(statement):
+    """Fails if `depict --help` takes seconds again."""
+    loaded = modules_after(statement)
+    assert not {"transformers", "torch", "torchvision", "huggingface_hub", "accelerate"} & loaded
 
 
 def test_import_stays_light():
@@ -37,6 +63,133 @@ def test_moved_modules_stay_importable(former, name, room):
     assert getattr(module, name) is getattr(importlib.import_module(room), name)
 
 
+LOAD = """
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
+model = AutoModelForSemanticSegmentation.from_pretrained(sys.argv[1])
+processor = AutoImageProcessor.from_pretrained(sys.argv[1])
+assert type(AutoConfig.from_pretrained(sys.argv[1])).__module__ == "depict_hf.configuration_depict"
+assert type(model).__module__ == "depict_hf.modeling_depict"
+assert type(processor).__module__ == "depict_hf.image_processing_depict"
+import depict_hf.registration
+assert not any(type(each).__name__ == "RegisterAfterImport" for each in sys.meta_path)
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import depict_hf",
+        "import transformers, depict_hf",
+        "import depict_hf, transformers",
+        "from depict_hf.configuration_depict import DepictConfig",  # this import is what imports transformers
+        "from depict_hf import *",
+        "import depict_hf, importlib; importlib.reload(depict_hf); importlib.util.find_spec('transformers')",
+    ],
+)
+def test_auto_classes_know_the_model_in_any_order(first, model_folder):
+    run_python(f"import sys; {first}\n{LOAD}", str(model_folder))
+
+
+THREADS = """
+import importlib, sys, threading
+sys.setswitchinterval(1e-5)
+import depict_hf
+errors, barrier = [], threading.Barrier(6)
+def run(use, name):
+    barrier.wait()
+    try:
+        use(name)
+    except ImportError as error:
+        errors.append((name, repr(error)))
+def run_all(use, names):
+    threads = [threading.Thread(target=run, args=(use, name), daemon=True) for name in names]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join(120)
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+"""
+
+
+def test_first_use_by_many_threads_at_once(model_folder):
+    code = """
+run_all(lambda name: getattr(depict_hf, name), ["segment", "DepictConfig", "load_photo", "DepictImageProcessor",
+        "modeling_depict", "DepictForSemanticSegmentation"])
+assert not errors, errors
+"""
+    run_python(THREADS + code + LOAD, str(model_folder))
+
+
+def test_imports_by_many_threads_at_once_end(model_folder):
+    """Fails if a thread that imports one of our modules and one that imports transformers wait for each other.
+
+    Single imports may fail, as they do without this package: transformers and torchvision are not made for that.
+    """
+    code = """
+run_all(importlib.import_module, ["transformers", "depict_hf.configuration_depict", "depict_hf.modeling_depict",
+        "depict_hf.image_processing_depict", "transformers", "depict_hf.vit"])
+import transformers, depict_hf.modeling_depict
+"""
+    run_python(THREADS + code + LOAD, str(model_folder))
+
+
+def test_an_import_of_transformers_that_fails_can_be_repeated(model_folder, tmp_path):
+    """The hook must neither hide the error nor be used up by it."""
+    package = tmp_path / "transformers"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('broken on purpose')")
+    code = f"""
+import sys
+import depict_hf
+sys.path.insert(0, {str(tmp_path)!r})
+try:
+    import transformers
+except ImportError as error:
+    assert "broken on purpose" in str(error)
+else:
+    raise AssertionError("no error")
+sys.path.remove({str(tmp_path)!r})
+sys.path_importer_cache.clear()
+"""
+    run_python(code + LOAD, str(model_folder))
+
+
+def test_transformers_works_where_ours_cannot_be_imported():
+    """With a warning that names the reason; whoever asks for our class gets the error itself."""
+    code = """
+import sys, warnings
+import depict_hf
+sys.modules["depict_hf.windows"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import transformers
+assert any("could not register" in str(each.message) and "depict_hf.windows" in str(each.message) for each in caught)
+try:
+    depict_hf.DepictImageProcessor
+except ImportError as error:
+    print(error)
+"""
+    assert "depict_hf.windows" in run_python(code)
+
+
+def test_classes_can_be_pickled_and_names_listed():
+    code = """
+import pickle
+import depict_hf
+assert {"segment", "load_photo", "DepictConfig", "default_model"} <= set(dir(depict_hf))
+config = pickle.loads(pickle.dumps(depict_hf.DepictConfig(num_labels=7)))
+assert type(config) is depict_hf.DepictConfig and config.num_labels == 7
+assert depict_hf.modeling_depict.DepictForSemanticSegmentation is depict_hf.DepictForSemanticSegmentation
+assert depict_hf.windows.pad_to_multiple
+for name in ("nothing", "_nothing"):
+    try:
+        getattr(depict_hf, name)
+    except AttributeError as error:
+        assert f"module 'depict_hf' has no attribute '{name}'" in str(error)
+    else:
+        raise AssertionError(name)
+"""
+    run_python(code)
+
+
 @pytest.mark.parametrize(
     ("module", "later"),
     [
@@ -48,7 +201,7 @@ def test_moved_modules_stay_importable(former, name, room):
     ],
 )
 def test_imports_point_one_way(module, later):
-    """Each module is loaded without the package's `__init__`, which imports several."""
+    """Each module is loaded without the package's `__init__`, which registers all classes."""
     code = (
         "import importlib.util, types; "
         "package = types.ModuleType('depict_hf'); "

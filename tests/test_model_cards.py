@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from depict_hf import DepictConfig
-from depict_hf.cli import DEFAULT_MODEL
+from depict_hf.loading import DEFAULT_MODEL
 from training.evaluation.records import percent, render_table
 from training.evidence.comparison_report import with_deviation
 
