@@ -31,7 +31,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "statement",
-    ["import depict_hf", "import depict_hf.cli", "from depict_hf import labels, cli", "import depict_hf.visualization"],
+    ["import depict_hf", "import depict_hf.cli", "from depict_hf import labels, cli"],
 )
 def test_what_needs_no_model_loads_no_torch(statement):
     """Fails if `depict --help` takes seconds again."""
