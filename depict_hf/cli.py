@@ -72,6 +72,18 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint.pth, or the folder with it")
     convert.add_argument("output", type=Path, metavar="OUT", help="folder for the model; new or empty")
     convert.add_argument("--variant", type=Path, help="variant.yml; default: the one beside the checkpoint")
+    convert.add_argument(
+        "--protocol",
+        choices=("published", "training"),
+        default="published",
+        help="sizes and windows of the published figures, or of validation during training (%(default)s)",
+    )
+    convert.add_argument(
+        "--im-size", type=int, metavar="N", help="pixels of the shorter side, instead of the protocol's"
+    )
+    convert.add_argument(
+        "--class-names", type=Path, metavar="FILE", help="names of the classes: .json, or .txt with one a line"
+    )
     convert.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to this repository")
 
     export = commands.add_parser("export", help="write a model as a file that runs without this package")
@@ -135,17 +147,18 @@ def _write_pictures(photo, segmentation, overlay_path: Path, labels_path: Path, 
 
 def convert_published(args: argparse.Namespace) -> int:
     """Convert a checkpoint of the authors of DEPICT or Segmenter and save it, and upload it if asked."""
-    from .conversion import convert_checkpoint
+    from .conversion import convert_with_report
+    from .labels import read_class_names
 
     _check_empty(args.output)
-    model, image_processor = convert_checkpoint(args.checkpoint, args.variant)
+    names = read_class_names(args.class_names) if args.class_names else None
+    conversion = convert_with_report(args.checkpoint, args.variant, args.protocol, args.im_size, names)
+    model, image_processor = conversion.model, conversion.image_processor
     model.save_pretrained(args.output)
     image_processor.save_pretrained(args.output)
-    config = model.config
-    print(
-        f"{args.checkpoint} -> {args.output}: decoder {config.decoder_type}, {config.num_labels} classes, "
-        f"{model.num_parameters() / 1e6:.1f} million parameters, window {config.window_size} / {config.window_stride}"
-    )
+    print(f"{args.checkpoint} -> {args.output}: " + "\n  ".join(conversion.report))
+    if conversion.warning:
+        print(f"depict: {conversion.warning}", file=sys.stderr)
     if args.push_to_hub:
         model.push_to_hub(args.push_to_hub)
         image_processor.push_to_hub(args.push_to_hub)

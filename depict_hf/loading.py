@@ -1,11 +1,12 @@
 """Models as commands load them: every weight from the files, in evaluation mode, by PyTorch or ONNX Runtime."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers.image_utils import SizeDict
 
 from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import DepictForSemanticSegmentation
@@ -88,3 +89,57 @@ def load_model(
             keys = ", ".join(sorted(loading[kind])[:3])
             raise ValueError(f"{name} does not hold the weights its config.json describes; {kind}: {keys}, ...")
     return model, image_processor
+
+
+def override_protocol(
+    model: "DepictForSemanticSegmentation | OnnxModel",
+    image_processor: DepictImageProcessor,
+    size: int | None = None,
+    window_size: int | Literal["none"] | None = None,
+    window_stride: int | None = None,
+) -> None:
+    """Change how `segment` reads photographs, in place; what is None stays as the model carries it.
+
+    Args:
+        size: Pixels of the shorter side; where the longer side is bounded, its bound moves along.
+        window_size: Side of the windows in pixels, or "none" for whole images.
+        window_stride: Pixels between windows; where only `window_size` is given, windows overlap by as many pixels as
+            before, if they are larger than that, and else not at all.
+
+    Raises:
+        ValueError: If a number is not positive, or there is a stride without a window or one that is larger than it.
+    """
+    numbers = {"size": size, "window_size": window_size, "window_stride": window_stride}
+    for name, value in numbers.items():
+        if value not in (None, "none") and value < 1:
+            raise ValueError(f"Got {name}={value}, needed at least 1 pixel.")
+    config = model.config
+    window, stride = config.window_size, config.window_stride
+    if window_size is not None:
+        overlap = window - (stride or window) if window else 0
+        window = None if window_size == "none" else window_size
+        stride = window if window is None or overlap >= window else window - overlap
+    if window_stride is not None:
+        if window is None:
+            raise ValueError(f"Got window_stride={window_stride} for whole images; give a window_size, too.")
+        if window_stride > window:
+            raise ValueError(
+                f"Got window_stride={window_stride}, larger than the window_size of {window}, which would skip pixels; "
+                "lower the stride or enlarge the window."
+            )
+        stride = window_stride
+    if getattr(model, "input_size", None) is not None and window != config.window_size:
+        raise ValueError(
+            f"Got window_size={window_size}, but the exported file takes {model.input_size[0]} x "
+            f"{model.input_size[1]} pixels; export the model with other windows."
+        )
+    config.window_size, config.window_stride = window, stride
+    if size is not None:
+        shortest, longest = image_processor.size.get("shortest_edge"), image_processor.size.get("longest_edge")
+        bound = {"longest_edge": size * longest // shortest} if shortest and longest else {}
+        image_processor.size = SizeDict(shortest_edge=size, **bound)
+
+
+def parse_window_size(text: str) -> int | Literal["none"]:
+    """The option `--window-size` of commands, for `override_protocol`: pixels, or "none" for whole images."""
+    return "none" if text == "none" else int(text)

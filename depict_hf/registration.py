@@ -101,7 +101,7 @@ class RegisterAfterImport(MetaPathFinder):
 
 
 def _register() -> None:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, AutoVideoProcessor
 
     from .configuration_depict import DepictConfig
     from .image_processing_depict import DepictImageProcessor
@@ -112,6 +112,9 @@ def _register() -> None:
     AutoImageProcessor.register(
         DepictConfig, image_processor_classes={"torchvision": DepictImageProcessor}, exist_ok=True
     )
+    # There is none for videos. Unless that is said, pipelines take the code of the image processor that travels with a
+    # model for that of a video processor, and ask on the terminal whether to run it.
+    AutoVideoProcessor.register(DepictConfig, video_processor_classes={}, exist_ok=True)
     # They also travel with saved models, which then load with `trust_remote_code=True` elsewhere.
     DepictConfig.register_for_auto_class()
     DepictForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")

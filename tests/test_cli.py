@@ -222,7 +222,7 @@ def test_convert_reads_a_variant_from_elsewhere(tmp_path):
     assert "window_stride: " in text
     (tmp_path / "other.yml").write_text(text.replace("window_stride: ", "window_stride: 1 # "))
     arguments = [str(tmp_path / "weights.pth"), str(tmp_path / "out"), "--variant", str(tmp_path / "other.yml")]
-    assert main(["convert", *arguments]) == 0
+    assert main(["convert", *arguments, "--protocol", "training"]) == 0
     assert DepictForSemanticSegmentation.from_pretrained(tmp_path / "out").config.window_stride == 1
 
 

@@ -3,6 +3,7 @@
 import json
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 
 def datasets() -> tuple[str, ...]:
@@ -28,6 +29,30 @@ def class_names(dataset: str) -> list[str]:
         ValueError: If the dataset is none of `datasets()`.
     """
     return [each["name"] for each in _classes(dataset)]
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Names of classes, in the order of their ids: a JSON object from id to name or list, or one name a line.
+
+    Raises:
+        ValueError: If ids are not 0, 1, 2, ... without a gap, or there is no name.
+    """
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        try:
+            names = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if isinstance(names, dict):
+            by_id = {int(index): name for index, name in names.items()}
+            if sorted(by_id) != list(range(len(by_id))):
+                raise ValueError(f"{path} has the ids {sorted(by_id)[:10]} ...; number classes from 0 without a gap.")
+            names = [by_id[index] for index in range(len(by_id))]
+    else:
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} has no names of classes; needed is one for each id, as text.")
+    return tuple(names)
 
 
 def class_colors(dataset: str) -> list[tuple[int, int, int]]:

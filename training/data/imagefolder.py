@@ -5,7 +5,6 @@ to itself: `{"file_name": "photos/1.jpg", "label_file_name": "maps/1.png"}`. The
 folders `train`, `validation` and `test`, or a single one whose paths may begin with those folders.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 from datasets.exceptions import DatasetGenerationError
+
+from depict_hf.labels import read_class_names
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CLASS_FILES = ("id2label.json", "classes.txt")
@@ -55,27 +56,6 @@ def load_imagefolder(folder: Path, metadata: list[Path], streaming: bool = False
     if len(set(names.values())) < len(names):
         raise ValueError(f"Found the folders {', '.join(names)} in {folder}, two of which name the same split.")
     return _load(folder, {split: [f"{part}/**"] for part, split in names.items()}, streaming)
-
-
-def read_class_names(path: Path) -> tuple[str, ...]:
-    """Names of classes, in the order of their ids: a JSON object from id to name or list, or one name a line.
-
-    Raises:
-        ValueError: If ids are not 0, 1, 2, ... without a gap, or there is no name.
-    """
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        names = json.loads(text)
-        if isinstance(names, dict):
-            by_id = {int(index): name for index, name in names.items()}
-            if sorted(by_id) != list(range(len(by_id))):
-                raise ValueError(f"{path} has the ids {sorted(by_id)[:10]} ...; number classes from 0 without a gap.")
-            names = [by_id[index] for index in range(len(by_id))]
-    else:
-        names = [line.strip() for line in text.splitlines() if line.strip()]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path} has no names of classes; needed is one for each id, as text.")
-    return tuple(names)
 
 
 def find_class_names(folder: Path) -> tuple[str, ...] | None:

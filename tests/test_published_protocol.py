@@ -1,0 +1,160 @@
+"""The protocol behind the published figures, against a reference written from its description alone.
+
+The reference knows nothing of the converter or of `segment`: it has its own numbers of each data set, resizes in
+float64, cuts window by window and keeps full-size probabilities. It shares the network only, one window at a time.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf.conversion import convert_checkpoint
+from depict_hf.inference import segment
+
+PUBLISHED = Path(__file__).parent / "data" / "published"
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+# Shorter side, and how many times it the longer side may be; means and deviations on the scale of 0 to 255.
+IM_SIZES = {"ade20k": (512, 4), "pascal_context": (520, 8), "cityscapes": (1024, 2)}
+STATISTICS = {
+    "vit": ([127.5, 127.5, 127.5], [127.5, 127.5, 127.5]),
+    "deit": ([123.68, 116.28, 103.53], [58.4, 57.12, 57.38]),
+}
+
+
+def variant(tmp_path: Path, name: str, **dataset_kwargs) -> Path:
+    """A published model whose variant has other `dataset_kwargs`; None removes a field."""
+    folder = tmp_path / name
+    shutil.copytree(PUBLISHED / name, folder)
+    text = (folder / "variant.yml").read_text()
+    for field, value in dataset_kwargs.items():
+        [line] = [line for line in text.splitlines() if line.startswith(f"  {field}: ") and "im_size" not in line][:1]
+        before, after = text.split(line, 1)
+        text = before + ("" if value is None else f"  {field}: {value}") + after
+    (folder / "variant.yml").write_text(text)
+    return folder
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    """Smooth shapes with sharp edges, so that labels vary and depend on every step."""
+    rows, columns = np.mgrid[:height, :width] / 23.0
+    channels = [np.sin(rows * a + columns * b) * 90 + 128 + 30 * (np.sin(columns * c) > 0) for a, b, c in WAVES]
+    return np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8)
+
+
+WAVES = ((1.0, 0.3, 1.7), (-0.4, 0.9, 0.6), (0.2, -1.3, 2.9))
+
+
+def resize_axis(values: np.ndarray, length: int) -> np.ndarray:
+    """Linear interpolation along the first axis between centres of pixels, constant beyond the outermost."""
+    old = values.shape[0]
+    position = np.clip((np.arange(length) + 0.5) * old / length - 0.5, 0, old - 1)
+    low = np.floor(position).astype(int)
+    high = np.minimum(low + 1, old - 1)
+    weight = (position - low).reshape(-1, *[1] * (values.ndim - 1))
+    return values[low] * (1 - weight) + values[high] * weight
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`(height, width, channels)` float64."""
+    return resize_axis(resize_axis(image, size[0]).swapaxes(0, 1), size[1]).swapaxes(0, 1)
+
+
+def reference(model, image, bounds, window, stride, normalization, scales, flips) -> np.ndarray:
+    mean, std = STATISTICS[normalization]
+    total = 0.0
+    for scale in scales:
+        height, width = image.shape[:2]
+        short, long = (int(bound * scale) for bound in bounds)
+        factor = min(long / max(height, width), short / min(height, width))
+        size = int(height * factor + 0.5), int(width * factor + 0.5)
+        pixels = image if size == (height, width) else np.rint(resize(image.astype(np.float64), size))
+        pixels = (pixels - np.array(mean)) / np.array(std)
+        height, width = size
+        if min(size) < window:
+            ratio = width / height if height < width else height / width
+            size = (window, int(ratio * window)) if height < width else (int(ratio * window), window)
+            pixels = resize(pixels, size)
+        for flip in flips:
+            view = pixels[:, ::-1] if flip else pixels
+            scores = merged_scores(model, view, window, stride)
+            scores = F.interpolate(scores[None], image.shape[:2], mode="bilinear")[0]
+            total = total + (scores.flip(-1) if flip else scores).softmax(dim=0)
+    return total.argmax(dim=0).numpy()
+
+
+@torch.no_grad()
+def merged_scores(model, pixels: np.ndarray, window: int, stride: int) -> torch.Tensor:
+    height, width = pixels.shape[:2]
+    tops, lefts = ([*range(0, side - window, stride), side - window] for side in (height, width))
+    total, count = torch.zeros(model.config.num_labels, height, width), torch.zeros(height, width)
+    patch = model.config.patch_size
+    for top in tops:
+        for left in lefts:
+            crop = torch.from_numpy(pixels[top : top + window, left : left + window].copy()).float()
+            crop = F.pad(crop.movedim(-1, 0), (0, -window % patch, 0, -window % patch))
+            grid = model(crop[None]).logits
+            scores = F.interpolate(grid, crop.shape[-2:], mode="bilinear")[0, :, :window, :window]
+            total[:, top : top + window, left : left + window] += scores
+            count[top : top + window, left : left + window] += 1
+    return total / count
+
+
+def agreement(folder, tmp_path, image, bounds, window, scales=(1.0,), flips=(False,), **options) -> float:
+    """Of `segment` on what was converted, saved and loaded, with the reference."""
+    model, image_processor = convert_checkpoint(folder, **options)
+    model.save_pretrained(tmp_path / "saved")
+    image_processor.save_pretrained(tmp_path / "saved")
+    model = DepictForSemanticSegmentation.from_pretrained(tmp_path / "saved").eval()
+    image_processor = DepictImageProcessor.from_pretrained(tmp_path / "saved")
+    [labels] = segment(model, image_processor, [image], scales, flip=len(flips) > 1)
+    normalization = yaml.safe_load((folder / "variant.yml").read_text().replace("!!python/tuple", ""))
+    normalization = normalization["dataset_kwargs"]["normalization"]
+    model.config.window_size = model.config.window_stride = None
+    expected = reference(model, image, bounds, window, window - 32, normalization, scales, flips)
+    assert len(np.unique(expected)) > 2, "a constant map shows nothing"
+    return float((labels.numpy() == expected).mean())
+
+
+# Photographs that meet each bound: plain, portrait, panoramas whose longer side is bounded (at 4, 8 and 2 times), and
+# with windows that the resized photograph does not fill, among them that of a model trained on squares of 640.
+CASES = [
+    ("ca_vit", "ade20k", 64, (90, 120)),
+    ("segmenter_linear", "ade20k", 512, (300, 200)),
+    ("sa_deit_distilled", "ade20k", 64, (60, 240)),
+    ("sa_deit_distilled", "ade20k", 256, (70, 630)),
+    ("ca_vit", "ade20k", 640, (150, 200)),
+    ("ca_vit", "pascal_context", 480, (333, 500)),
+    ("segmenter_linear", "pascal_context", 480, (50, 450)),
+    ("ca_vit", "cityscapes", 768, (90, 180)),
+    ("sa_deit_distilled", "cityscapes", 768, (300, 100)),
+]
+
+
+@pytest.mark.parametrize(("name", "dataset", "crop_size", "size"), CASES)
+def test_single_scale(tmp_path, name, dataset, crop_size, size):
+    folder = variant(tmp_path, name, dataset=dataset, crop_size=crop_size, image_size=crop_size)
+    side, ratio = IM_SIZES[dataset]
+    assert agreement(folder, tmp_path, photo(*size), (side, ratio * side), crop_size) >= 0.9999
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "crop_size", "size"),
+    [("ca_vit", "ade20k", 512, (90, 121)), ("sa_deit_distilled", "ade20k", 256, (51, 460))],
+)
+def test_multi_scale(tmp_path, name, dataset, crop_size, size):
+    """Both bounds are multiplied: the second photograph is bounded by its longer side at every scale."""
+    folder = variant(tmp_path, name, dataset=dataset, crop_size=crop_size)
+    side, ratio = IM_SIZES[dataset]
+    image = photo(*size)
+    assert agreement(folder, tmp_path, image, (side, ratio * side), crop_size, SCALES, (False, True)) >= 0.999
+
+
+def test_im_size_goes_before_the_table(tmp_path):
+    folder = variant(tmp_path, "ca_vit")
+    assert agreement(folder, tmp_path, photo(50, 450), (160, 640), 64, im_size=160) >= 0.9999
