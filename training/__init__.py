@@ -25,7 +25,8 @@ _MOVED = {
         name: f"evaluation.{name}"
         for name in ("corruptions", "measurement", "metrics", "pictures", "records", "worst_images")
     },
-    **{name: f"evidence.{name}" for name in ("baseline", "benchmark_cases", "comparison_report", "costs", "exponent")},
+    **{name: f"evidence.{name}" for name in ("baseline", "comparison_report", "costs", "exponent")},
+    "benchmark_cases": "evidence.benchmark_tasks",
 }
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from training import benchmark
-from training.benchmark import main, render, run_task
-from training.evidence import benchmark_cases
-from training.evidence.benchmark_cases import (
+from training.benchmark import main
+from training.evidence import benchmark, benchmark_tasks
+from training.evidence.benchmark import render, run_task
+from training.evidence.benchmark_tasks import (
     Side,
     Task,
     attention_bytes,
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def no_onnx(monkeypatch):
-    monkeypatch.setattr(benchmark_cases, "find_spec", lambda name: None)
+    monkeypatch.setattr(benchmark_tasks, "find_spec", lambda name: None)
 
 
 def results(task: Task) -> list:
@@ -34,7 +34,7 @@ def results(task: Task) -> list:
 
 @pytest.mark.parametrize("options", [{}, {"scales": (0.5, 1.5), "flip": True}], ids=["single", "multi"])
 def test_label_maps_of_both_sides_agree(options, no_onnx):
-    photo = benchmark_cases.random_photo(32, 43)
+    photo = benchmark_tasks.random_photo(32, 43)
     task = end_to_end({"ours": tiny_model(window_size=32, window_stride=20)}, photo, batch=2, **options)
     reference, ours = results(task)
     assert len(reference) == len(ours) == 2
@@ -64,7 +64,7 @@ def test_training_steps_of_both_sides_agree(decoder_type):
 
 def test_lower_precision_keeps_the_weights():
     model = tiny_model()
-    models = benchmark_cases.in_dtypes(model, [torch.float32, torch.bfloat16])
+    models = benchmark_tasks.in_dtypes(model, [torch.float32, torch.bfloat16])
     assert models["depict_hf float32"] is model and model.dtype == torch.float32
     bf16 = models["depict_hf bfloat16"]
     assert bf16.dtype == torch.bfloat16
@@ -148,7 +148,7 @@ def test_other_models_give_label_maps():
 @pytest.mark.slow
 def test_onnx_runtime_gives_the_same_label_map():
     pytest.importorskip("onnxruntime", reason="needs the extra onnx")
-    photo = benchmark_cases.random_photo(32, 43)
+    photo = benchmark_tasks.random_photo(32, 43)
     task = end_to_end({"ours": tiny_model(window_size=32, window_stride=20)}, photo)
     reference, _, exported = results(task)
     assert (reference[0] == exported[0]).float().mean() > 0.999

@@ -17,9 +17,10 @@ from depict_hf.configuration_depict import published_decoder_fields
 from depict_hf.inference import segment
 from depict_hf.vit import LayerRecord
 from depict_hf.windows import pad_to_multiple
-from training import compare
+from training import compare as command_module
 from training.data.features import DecoderOnFeatures
 from training.evaluation.metrics import MeanIoU
+from training.evidence import compare
 from training.evidence.comparison_report import (
     T_QUANTILES,
     build_report,
@@ -90,8 +91,8 @@ def command(dataset_folder, backbone_folder):
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, command) -> Path:
     output = tmp_path_factory.mktemp("compared")
-    assert compare.main(command(output, "--decoders", "mask_transformer", "--seeds", "0", "1")) == 0
-    assert compare.main(command(output, "--decoders", "sa", "--seeds", "0", "1")) == 0
+    assert command_module.main(command(output, "--decoders", "mask_transformer", "--seeds", "0", "1")) == 0
+    assert command_module.main(command(output, "--decoders", "sa", "--seeds", "0", "1")) == 0
     return output
 
 
@@ -135,7 +136,7 @@ def test_report_of_two_processes_has_all_runs(compared):
 
 def test_one_seed_alone_gives_its_numbers_again(compared, command, tmp_path):
     """Neither the other decoders' runs nor the other seeds' enter into a run."""
-    assert compare.main(command(tmp_path, "--decoders", "sa", "--seeds", "1")) == 0
+    assert command_module.main(command(tmp_path, "--decoders", "sa", "--seeds", "1")) == 0
     first, second = (read(folder / "runs" / "sa_seed1.json") for folder in (compared, tmp_path))
     for name in ("settings", "settings_hash", "losses", "validation", "test"):
         assert first[name] == second[name], name
@@ -148,7 +149,7 @@ def test_finished_runs_are_skipped_and_missing_ones_made(compared, command, monk
     trained = []
     train = compare.train_decoder
     monkeypatch.setattr(compare, "train_decoder", lambda *a: trained.append(a[0]) or train(*a))
-    assert compare.main(command(compared, "--decoders", "sa", "mask_transformer", "--seeds", "0", "1")) == 0
+    assert command_module.main(command(compared, "--decoders", "sa", "mask_transformer", "--seeds", "0", "1")) == 0
     assert [(recipe.model.decoder_type, recipe.optimization.seed) for recipe in trained] == [("sa", 0)]
     assert read(path)["losses"] == before["losses"]
 
@@ -157,14 +158,14 @@ def test_report_only_trains_and_measures_nothing(compared, command, monkeypatch)
     before = (compared / "comparison.md").read_text()
     (compared / "comparison.md").unlink()
     monkeypatch.setattr(compare, "build_model", None)
-    assert compare.main(command(compared, "--report-only")) == 0
+    assert command_module.main(command(compared, "--report-only")) == 0
     assert (compared / "comparison.md").read_text() == before
 
 
 def test_runs_with_other_settings_are_not_taken(compared, command, capsys):
     arguments = command(compared, "--decoders", "sa", "--seeds", "0")
     arguments[arguments.index("--steps") + 1] = "7"
-    assert compare.main(arguments) == 1
+    assert command_module.main(arguments) == 1
     assert "(steps=5 there, 7 here); choose another OUTPUT, or delete the file" in capsys.readouterr().err
 
 
@@ -179,7 +180,7 @@ def test_runs_with_other_settings_are_not_taken(compared, command, capsys):
     ],
 )
 def test_what_cannot_be_compared_is_refused(command, tmp_path, capsys, further, message):
-    assert compare.main(command(tmp_path, *further)) == 1
+    assert command_module.main(command(tmp_path, *further)) == 1
     assert message in capsys.readouterr().err
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import tiny_model
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
@@ -24,10 +25,11 @@ from depict_hf.loading import load_model
 from training import evaluate
 from training.data.loading import load_dataset_splits
 from training.data.samples import SegmentationDataset
-from training.evaluation import evaluator as evaluation
+from training.evaluation import evaluate_split as evaluation
 from training.evaluation.corruptions import Corruption
-from training.evaluation.evaluator import Execution, Protocol, spread
+from training.evaluation.evaluate_split import Execution, Protocol, spread
 from training.evaluation.metrics import MeanIoU
+from training.evaluation.worst_images import WorstImages
 
 SIZES = [(32, 48), (40, 32), (36, 36), (32, 64), (48, 40)]
 FIGURES = ("mean_iou", "mean_accuracy", "overall_accuracy", "per_class_iou", "per_class_accuracy", "num_images")
@@ -188,7 +190,7 @@ def run_as_one_of_two(rank: int, port: int, arguments) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
-    evaluate.PartialState._reset_state()
+    PartialState._reset_state()
     sys.exit(run_command(*arguments))
 
 
@@ -244,7 +246,7 @@ class Endless(torch.utils.data.Dataset):
 def test_memory_does_not_grow_with_the_number_of_images(loaded):
     most = []
     for length in (8, 60):
-        samples, worst = Endless(length), evaluate.WorstImages(3)
+        samples, worst = Endless(length), WorstImages(3)
         evaluation.evaluate(*loaded[:2], samples, execution=Execution(batch_size_images=2), observers=[worst.add])
         assert len(worst.images) == 3
         most.append(samples.most_alive)
@@ -361,7 +363,7 @@ def test_a_metric_that_cannot_be_had_is_an_error(model_folder, dataset_folder, m
 
 
 def test_the_metric_of_evaluate_wants_one_process(model_folder, dataset_folder):
-    state = evaluate.PartialState()
+    state = PartialState()
     arguments = ["--metric", "evaluate"]
 
     class TwoProcesses:

@@ -7,7 +7,9 @@ from conftest import tiny_model
 from test_evaluate import save_dataset, save_model
 
 from depict_hf import DepictImageProcessor
-from training import evaluate, robustness
+from training import evaluate
+from training import robustness as command_module
+from training.evidence import robustness
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def test_models_are_compared_on_the_same_corrupted_photographs(folders, tmp_path
     options = ["--corruptions", "shot_noise", "contrast:3", "--severities", "1", "4", "--max-images", "3"]
     common = ["--workers", "0", "--batch-size", "1"]
     output = tmp_path / "robustness.json"
-    assert robustness.main([first, second, dataset, *options, *common, "--output", str(output)]) == 0
+    assert command_module.main([first, second, dataset, *options, *common, "--output", str(output)]) == 0
     record = json.loads(output.read_text())
     assert list(record["models"]) == [first, second]
     assert record["num_images"] == 3 and record["split"] == "test" and record["environment"]["torch"]
@@ -103,7 +105,7 @@ def test_the_table_is_in_percent_and_names_every_model():
     ],
 )
 def test_command_line_refuses(folders, change, message, capsys):
-    assert robustness.main([*change(*folders), "--workers", "0"]) == 1
+    assert command_module.main([*change(*folders), "--workers", "0"]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -113,5 +115,5 @@ def test_models_of_other_classes_are_refused(folders, tmp_path, capsys):
     tiny_model("sa", id2label=dict(enumerate("abcde"))).save_pretrained(other)
     DepictImageProcessor(size={"shortest_edge": 32}).save_pretrained(other)
     options = ["--workers", "0", "--corruptions", "contrast:1"]
-    assert robustness.main([first, str(other), dataset, *options]) == 1
+    assert command_module.main([first, str(other), dataset, *options]) == 1
     assert f"{other} and {first} have different classes" in capsys.readouterr().err

@@ -1,12 +1,13 @@
 """Data set-level mIoU, corrupted photographs, worst images, pictures, measurements, and records of all of these."""
 
+from .arguments import add_data_arguments, load_samples, settings, start_processes
 from .corruptions import CORRUPTIONS, SEVERITIES, Corruption, parse_corruptions
-from .evaluator import Execution, Protocol, evaluate, spread, under_corruption
+from .evaluate_split import Execution, Observer, Protocol, evaluate, evaluate_under, spread, under_corruption
 from .measurement import count_flops, interleaved_seconds, log_slope, matrix_product, peak_extra_bytes
-from .metrics import EvaluateMeanIoU, MeanIoU, largest_difference, scores
+from .metrics import EvaluateMeanIoU, MeanIoU, compare_metrics, largest_difference, scores
 from .pictures import sample_picture, write_picture
-from .records import environment, percent, render_table, write_json, write_whole
-from .worst_images import WorstImages
+from .records import class_names, describe, environment, percent, render_table, write_json, write_whole
+from .worst_images import WorstImages, check_sheet, save_sheet
 
 __all__ = [
     "CORRUPTIONS",
@@ -15,13 +16,21 @@ __all__ = [
     "EvaluateMeanIoU",
     "Execution",
     "MeanIoU",
+    "Observer",
     "Protocol",
     "WorstImages",
+    "add_data_arguments",
+    "check_sheet",
+    "class_names",
+    "compare_metrics",
     "count_flops",
+    "describe",
     "environment",
     "evaluate",
+    "evaluate_under",
     "interleaved_seconds",
     "largest_difference",
+    "load_samples",
     "log_slope",
     "matrix_product",
     "parse_corruptions",
@@ -29,8 +38,11 @@ __all__ = [
     "percent",
     "render_table",
     "sample_picture",
+    "save_sheet",
     "scores",
+    "settings",
     "spread",
+    "start_processes",
     "under_corruption",
     "write_json",
     "write_picture",

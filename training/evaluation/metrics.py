@@ -203,6 +203,25 @@ def largest_difference(results: dict, others: dict) -> float:
     return max(differences)
 
 
+def compare_metrics(record: dict, results: dict, source: str) -> dict:
+    """Compare a record of `evaluate` with what `EvaluateMeanIoU` computed from the same label maps.
+
+    Args:
+        record: Ours.
+        results: Of `EvaluateMeanIoU.compute`.
+        source: Where that metric came from.
+
+    Returns:
+        `source`, `mean_iou`, `mean_accuracy` and `overall_accuracy` of that metric, and `largest_difference` over these
+        and all classes.
+    """
+    means = ("mean_iou", "mean_accuracy", "overall_accuracy")
+    ours = {name: record[name] for name in means}
+    ours |= {f"per_category_{kind}": list(record[f"per_class_{kind}"].values()) for kind in ("iou", "accuracy")}
+    theirs = {name: float(results[name]) for name in means}
+    return {"source": source, **theirs, "largest_difference": largest_difference(ours, results)}
+
+
 def _distinct_pairs(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of values that occur at one place of two uint8 tensors, int64, and how often each does."""
     counts = torch.bincount((first.int() * 256 + second).flatten(), minlength=256 * 256)

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from transformers import PretrainedConfig
 
 
 def environment() -> dict[str, str | int | None]:
@@ -22,6 +23,11 @@ def environment() -> dict[str, str | int | None]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_threads": torch.get_num_threads(),
     }
+
+
+def class_names(config: PretrainedConfig) -> list[str]:
+    """The names of a model's classes in the order of their ids."""
+    return [config.id2label[index] for index in range(config.num_labels)]
 
 
 def git_commit(folder: Path) -> str | None:
@@ -47,14 +53,34 @@ def render_table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def describe(record: dict) -> str:
+    """The lines below the table of a record: corruptions, the other metric, speed and memory."""
+    lines = [
+        f"{each['corruption']}:{each['severity']}  mean IoU {percent(each['mean_iou']).strip()}, "
+        f"retained {percent(each['retention']).strip()} %"
+        for each in record.get("corruptions", ())
+    ]
+    if "cross_check" in record:
+        difference = record["cross_check"]["largest_difference"]
+        lines.append(f"mean_iou of evaluate: largest difference {difference:.3g}")
+    memory = ", ".join(
+        f"{kind} {value / 2**20:.0f} MiB" for kind, value in record["peak_memory_bytes"].items() if value is not None
+    )
+    lines.append(
+        f"{record['num_images']} images, {record['images_per_second']:.2f} a second, metric "
+        f"{100 * record['metric_share']:.2f} % of the time, peak memory {memory}"
+    )
+    return "\n".join(lines)
+
+
 def percent(fraction: float | None) -> str:
-    """Six characters; "-" for None."""
+    """A fraction as a percentage of six characters with two decimals; None is a "-"."""
     return f"{'-':>6}" if fraction is None else f"{100 * fraction:6.2f}"
 
 
-def write_json(record: dict, path: Path) -> None:
-    """Write or replace a file, as `write_whole` does."""
-    write_whole(json.dumps(record, indent=2) + "\n", path)
+def write_json(record: dict, path: Path, indent: int = 2) -> None:
+    """Write or replace a file of JSON, as `write_whole` does."""
+    write_whole(json.dumps(record, indent=indent) + "\n", path)
 
 
 def write_whole(text: str, path: Path) -> None:

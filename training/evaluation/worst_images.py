@@ -1,14 +1,20 @@
 """The photographs that a model segments worst, kept small, for a contact sheet."""
 
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
+from depict_hf.labels import colors_for
 from depict_hf.visualization import Color, SheetRow, contact_sheet
 
+from ..data import SegmentationDataset
 from .metrics import scores
 
 THUMBNAIL_WIDTH = 320
@@ -92,6 +98,44 @@ class WorstImages:
             for title, each in zip(titles, self.images, strict=True)
         ]
         return contact_sheet(rows, colors, names, THUMBNAIL_WIDTH)
+
+
+def save_sheet(
+    worst: WorstImages, samples: SegmentationDataset, id2label: dict[int, str], state: PartialState, path: Path
+) -> None:
+    """Write the contact sheet of the worst images of all processes, or a line on stderr where there are none.
+
+    Args:
+        worst: Those of this process.
+        samples: Where they come from; their files' names are the titles.
+        id2label: Class names by id.
+        state: Of the processes, each of which has to call this.
+        path: Of a picture; folders above it are made.
+    """
+    if state.num_processes > 1:
+        everywhere = gather_object(worst.images)
+        worst = WorstImages(worst.count)
+        worst.merge(everywhere)
+    if not state.is_main_process:
+        return
+    if not worst.images:
+        print(f"{path} is not written: no image has a labelled pixel.", file=sys.stderr)
+        return
+    titles = [f"{Path(samples.name(each.index)).name} ({each.index})" for each in worst.images]
+    names = [id2label[index] for index in range(len(id2label))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    worst.sheet(titles, colors_for(id2label), names).save(path)
+
+
+def check_sheet(path: Path | None) -> Path | None:
+    """Refuse a file that no picture can be written to, before the images are evaluated.
+
+    Raises:
+        ValueError: If its suffix is that of no picture.
+    """
+    if path is not None and path.suffix.lower() not in PIL.Image.registered_extensions():
+        raise ValueError(f"Got --contact-sheet {path}, needed the name of a picture, such as worst.png.")
+    return path
 
 
 def _shrink(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:

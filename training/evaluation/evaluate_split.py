@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import PartialState
@@ -21,7 +21,7 @@ from ..data import SegmentationDataset
 from .corruptions import Corruption
 from .measurement import peak_resident_bytes, wait_for
 from .metrics import MeanIoU, scores
-from .records import environment
+from .records import class_names, environment
 
 METRIC_DEFINITION = "pixels counted over the whole split; classes that occur nowhere are left out of the means"
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
@@ -84,7 +84,7 @@ def evaluate(
         ValueError: If the model and the data differ in their number of classes, or an image cannot be read.
     """
     started_in = environment()
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    names = class_names(model.config)
     if samples.num_labels != len(names):
         raise ValueError(
             f"The model has {len(names)} classes and the data {samples.num_labels}, needed the same number."
@@ -114,6 +114,50 @@ def evaluate(
         **costs,
         "environment": started_in,
     }
+
+
+def evaluate_under(
+    corruptions: Sequence[Corruption],
+    model: DepictForSemanticSegmentation,
+    image_processor: DepictImageProcessor,
+    samples: SegmentationDataset,
+    protocol: Protocol = Protocol(),
+    execution: Execution = Execution(),
+    observers: Callable[[Corruption | None], Sequence[Observer]] = lambda corruption: (),
+) -> dict:
+    """Evaluate the photographs as they are, and then under every corruption.
+
+    Args:
+        corruptions: One pass over the split each.
+        observers: Called before each pass, with its corruption or None; returns the observers of that pass. The other
+            arguments are those of `evaluate`.
+
+    Returns:
+        The record of `evaluate` for the photographs as they are, with `corruptions`, in their order, where there are
+        any: what `under_corruption` makes of each pass.
+
+    Raises:
+        ValueError: As `evaluate` does.
+    """
+    clean = evaluate(model, image_processor, samples, protocol, execution, observers(None))
+    under = []
+    for corruption in corruptions:
+        corrupted = replace(protocol, corruption=corruption)
+        record = evaluate(model, image_processor, samples, corrupted, execution, observers(corruption))
+        under.append(under_corruption(record, corruption, clean))
+    return clean | ({"corruptions": under} if under else {})
+
+
+def under_corruption(record: dict, corruption: Corruption, clean: dict) -> dict:
+    """What a record says of a corruption, beside the `clean` one of the same model and protocol.
+
+    Returns:
+        Name and severity, `mean_iou`, `mean_accuracy`, `overall_accuracy`, `per_class_iou`, and `retention`: mean IoU
+        as a fraction of the clean one (None where that is 0 or nothing is labelled).
+    """
+    figures = {name: record[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy", "per_class_iou")}
+    retention = record["mean_iou"] / clean["mean_iou"] if clean["mean_iou"] else None
+    return {"corruption": corruption.name, "severity": corruption.severity, **figures, "retention": retention}
 
 
 def _count(
@@ -231,18 +275,6 @@ def spread(count: int, at_most: int | None) -> list[int]:
         raise ValueError(f"Got at most {at_most} images, needed at least 1.")
     kept = count if at_most is None else min(count, at_most)
     return [position * count // kept for position in range(kept)]
-
-
-def under_corruption(record: dict, corruption: Corruption, clean: dict) -> dict:
-    """What a record says of a corruption, beside the `clean` one of the same model and protocol.
-
-    Returns:
-        Name and severity, `mean_iou`, `mean_accuracy`, `overall_accuracy`, `per_class_iou`, and `retention`: mean IoU
-        as a fraction of the clean one (None where that is 0 or nothing is labelled).
-    """
-    figures = {name: record[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy", "per_class_iou")}
-    retention = record["mean_iou"] / clean["mean_iou"] if clean["mean_iou"] else None
-    return {"corruption": corruption.name, "severity": corruption.severity, **figures, "retention": retention}
 
 
 def _by_name(names: list[str], values) -> dict[str, float | None]:
