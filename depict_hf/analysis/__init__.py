@@ -23,9 +23,7 @@ Sources:
     NeurIPS 2024 (class tokens as bases of a principal subspace); Wen et al., NeurIPS 2025 (CBSA).
 """
 
-from .attention import attention, attention_map, rollout
 from .attribution import forward_for_attribution
-from .contributions import Contributions, Term, contributions, lens, source_contributions
 from .interventions import (
     head_removed,
     layer_removed,
@@ -35,6 +33,7 @@ from .interventions import (
     step_size_removed,
     step_size_scaled,
 )
+from .maps import attention, attention_map, rollout
 from .rates import RateCurves, coding_rate, compression, rate_curves
 from .recording import Recording, analyze, record
 from .steps import projections, read_out, step_sizes
@@ -53,6 +52,7 @@ from .subspaces import (
     principal_subspace,
     subspace_statistics,
 )
+from .terms import Contributions, Term, contributions, lens, source_contributions
 
 __all__ = [
     "ClassSubspace",

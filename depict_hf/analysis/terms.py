@@ -40,7 +40,8 @@ class Term:
     Attributes:
         kind: "encoder" (its output, in "mask_transformer" after the input projection), "input_bias" of that
             projection, "class_tokens" (as learned, before any layer), "head", "attention_bias", "mlp", "output_bias"
-            (of a "cbsa" layer), "norm_bias" (beta of the last LayerNorm), "bias" (of "linear").
+            (of a "cbsa" layer), "norm_bias" (beta of the last LayerNorm), "bias" (of "linear"); where terms are summed
+            by layer, "layer".
         layer: Of the decoder, for what belongs to one; counted from 0.
         head: For "head", counted from 0.
     """
@@ -48,6 +49,13 @@ class Term:
     kind: str
     layer: int | None = None
     head: int | None = None
+
+    def __str__(self) -> str:
+        """For people, counted from 0 too: "layer 2, head 1", "layer 2, mlp", "encoder"."""
+        if self.layer is None:
+            return self.kind
+        part = f"head {self.head}" if self.kind == "head" else self.kind
+        return f"layer {self.layer}" if self.kind == "layer" else f"layer {self.layer}, {part}"
 
 
 @dataclass(frozen=True, eq=False)

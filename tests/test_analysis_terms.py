@@ -180,6 +180,8 @@ def test_by_layer_sums_heads_and_biases(pixel_values):
     torch.testing.assert_close(values.sum(1), found.values.sum(1))
     expected = value(found, "head", 1, 0) + value(found, "head", 1, 1) + value(found, "output_bias", 1)
     torch.testing.assert_close(values[:, 2], expected)
+    assert [str(term) for term in terms] == ["encoder", "layer 0", "layer 1", "norm_bias"]
+    assert [str(term) for term in found.terms[1:4]] == ["layer 0, head 0", "layer 0, head 1", "layer 0, output_bias"]
 
 
 @pytest.mark.parametrize("decoder_type", LAYERED)
