@@ -1,6 +1,7 @@
 """Class names and display colours of the datasets, by class id, and their one reader."""
 
 import json
+import re
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -34,25 +35,47 @@ def class_names(dataset: str) -> list[str]:
 def read_class_names(path: Path) -> tuple[str, ...]:
     """Names of classes, in the order of their ids: a JSON object from id to name or list, or one name a line.
 
+    The ignored id 255 may be named, too, and is left out, as is a first line `__ignore__`. Lines may begin with their
+    id, from 0: `0 road` or `0: road`.
+
     Raises:
         ValueError: If ids are not 0, 1, 2, ... without a gap, or there is no name.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8; save it as that.") from error
     if path.suffix == ".json":
         try:
             names = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if isinstance(names, dict):
-            by_id = {int(index): name for index, name in names.items()}
-            if sorted(by_id) != list(range(len(by_id))):
-                raise ValueError(f"{path} has the ids {sorted(by_id)[:10]} ...; number classes from 0 without a gap.")
-            names = [by_id[index] for index in range(len(by_id))]
+            names = _by_id(names, path)
     else:
         names = [line.strip() for line in text.splitlines() if line.strip()]
-    if not names or not all(isinstance(name, str) for name in names):
+        if names[:1] == ["__ignore__"]:
+            names = names[1:]
+        numbered = [re.fullmatch(r"(\d+)\s*[:,\s]\s*(\S.*)", name) for name in names]
+        if all(numbered) and [int(each[1]) for each in numbered if each] == list(range(len(names))):
+            names = [each[2] for each in numbered if each]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} has no names of classes; needed is one for each id, as text.")
     return tuple(names)
+
+
+def _by_id(names: dict, path: Path) -> list:
+    """Names in the order of their ids, without that of the ignored one."""
+    from ..configuration_depict import IGNORE_LABEL  # imports torch, without which the other names here are read
+
+    if not all(str(index).isdigit() for index in names):
+        raise ValueError(f"{path} has keys that are no ids, such as {next(iter(names))!r}; needed is id: name.")
+    by_id = {int(index): name for index, name in names.items()}
+    if len(by_id) <= IGNORE_LABEL:
+        by_id.pop(IGNORE_LABEL, None)
+    if sorted(by_id) != list(range(len(by_id))):
+        raise ValueError(f"{path} has the ids {sorted(by_id)[:10]} ...; number classes from 0 without a gap.")
+    return [by_id[index] for index in range(len(by_id))]
 
 
 def class_colors(dataset: str) -> list[tuple[int, int, int]]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from training import train
-from training.data import checks
+from training.data import inspection
 from training.data.checks import describe_classes, inspect_samples, label_encoding, open_samples
 from training.data.layouts import Splits
 from training.data.loading import load_dataset_splits
@@ -121,7 +121,7 @@ def test_data_are_read_once_for_each_of_their_states(folder, monkeypatch):
         readings.append(len(samples))
         return inspect_samples(samples, num_workers)
 
-    monkeypatch.setattr(checks, "inspect_samples", count)
+    monkeypatch.setattr(inspection, "inspect_samples", count)
     splits = load_dataset_splits(folder)
     first = open_samples(splits, "train", NAMES)
     assert open_samples(splits, "train", NAMES) is first
@@ -129,7 +129,8 @@ def test_data_are_read_once_for_each_of_their_states(folder, monkeypatch):
     assert readings == [6]
     open_samples(splits, "validation", NAMES)
     open_samples(splits, "train", (*NAMES, "tree"))
-    assert readings == [6, 2, 6]
+    # What ids mean is not part of what was read.
+    assert readings == [6, 2]
     # The same name and the same metadata, but another image.
     data = (folder / "train" / "1.jpg").read_bytes()
     (folder / "train" / "1.jpg").write_bytes(data[:-40])
@@ -159,15 +160,54 @@ def test_split_without_labels_is_refused(folder):
         open_samples(load_dataset_splits(folder), "validation", NAMES)
 
 
-def test_masks_of_0_and_255_are_pointed_out(folder, capsys):
-    for index in range(2):
-        mask = np.zeros((4, 6), dtype=np.uint8)
-        mask[1] = 255
-        Image.fromarray(mask).save(folder / "validation" / f"{index}_labels.png")
-    open_samples(load_dataset_splits(folder), "validation", ("wall", "crack"))
-    printed = capsys.readouterr().out
-    assert "classes without a pixel: crack" in printed
-    assert "in masks of 0 and 255, 255 is ignored: save them with 0 and 1" in printed
+def write_masks(folder: Path, split: str, values: tuple[int, ...]) -> None:
+    """Masks whose rows hold the values in turn."""
+    for path in sorted((folder / split).glob("*_labels.png")):
+        rows = np.resize(np.array(values, dtype=np.uint8), 4)
+        Image.fromarray(np.repeat(rows[:, None], 6, axis=1)).save(path)
+
+
+def test_masks_of_0_and_255_are_two_classes(folder, capsys):
+    for split in ("train", "validation"):
+        write_masks(folder, split, (0, 0, 255, 0))
+    samples = open_samples(load_dataset_splits(folder), "validation", ("wall", "crack"))
+    assert samples[0]["labels"][:, 0].tolist() == [0, 0, 1, 0]
+    assert samples.pixels.tolist() == [36, 12]
+    assert "masks hold only 0 and 255; 255 is class 1, crack, and not ignored" in capsys.readouterr().out
+    for names in (NAMES, ("crack",)):
+        with pytest.raises(ValueError, match=rf"only 0 and 255.*there are {len(names)} class names.*background,crack"):
+            open_samples(load_dataset_splits(folder), "train", names)
+
+
+def test_255_is_ignored_where_any_split_has_another_id(folder, capsys):
+    write_masks(folder, "train", (0, 1, 255))
+    write_masks(folder, "validation", (0, 255))
+    samples = open_samples(load_dataset_splits(folder), "validation", ("wall", "crack"))
+    assert samples[0]["labels"][:, 0].tolist() == [0, 255, 0, 255]
+    assert "classes without a pixel: crack" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((1, 2, 3), r"Ids begin at 1: no label map holds 0.*Pass reduce_labels=true"),
+        ((0, 2, 3), r"Ids go from 0 to 3, which are 4, and there are 3 class names.*name it first.*reduce_labels=true"),
+        ((0, 90, 200), r"(?s)ids 0, 90, 200, with gaps.*classes\.csv.*NAME1,90,90,90\n  NAME2,200,200,200"),
+        ((0, 1, 2, 4), r"ids up to 4, for which 5 class names are needed, and there are 3"),
+    ],
+)
+def test_ids_that_mean_nothing_are_explained(folder, values, message):
+    write_masks(folder, "train", values)
+    with pytest.raises(ValueError, match=message):
+        open_samples(load_dataset_splits(folder), "train", NAMES)
+
+
+def test_maps_made_before_exif_turned_the_photograph_are_explained(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(folder / "train" / "0.jpg", exif=exif)
+    with pytest.raises(ValueError, match=r"0\.jpg\).*size \(4, 6\) for an image of size \(6, 4\).*EXIF orientation 6"):
+        open_samples(load_dataset_splits(folder), "train", NAMES)
 
 
 def test_class_names_of_the_dataset_must_agree(folder):

@@ -123,14 +123,14 @@ def test_camvid_ignores_its_twelfth_id(tmp_path, first_version):
 
 
 def test_incomplete_and_ambiguous_folders_are_refused(tmp_path):
-    write(tmp_path / "images" / "training" / "a.jpg", 1)
-    write(tmp_path / "images" / "training" / "b.jpg", 1)
-    write(tmp_path / "annotations" / "training" / "a.png", 1, [1])
-    with pytest.raises(ValueError, match=r"ADE20K.*incomplete\. Found 1 of 2 label maps in .*training; missing.* b\."):
+    write(tmp_path / "images" / "training" / "ADE_a.jpg", 1)
+    write(tmp_path / "images" / "training" / "ADE_b.jpg", 1)
+    write(tmp_path / "annotations" / "training" / "ADE_a.png", 1, [1])
+    with pytest.raises(ValueError, match=r"ADE20K.*incomplete\. Found 1 of 2 label maps in .*training; missing.*_b\."):
         load_dataset_splits(tmp_path)
-    write(tmp_path / "annotations" / "training" / "b.png", 1, [1])
+    write(tmp_path / "annotations" / "training" / "ADE_b.png", 1, [1])
     assert len(load_dataset_splits(tmp_path)["train"]) == 2
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "images/training/a.jpg"}\n')
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "images/training/ADE_a.jpg"}\n')
     with pytest.raises(ValueError, match=r"looks like ADE20K.*but also holds metadata.jsonl"):
         load_dataset_splits(tmp_path)
     (tmp_path / "metadata.jsonl").unlink()

@@ -6,6 +6,7 @@ from .features import DecoderOnFeatures, FeatureDataset
 from .imagefolder import read_class_names
 from .layouts import Splits
 from .loading import find_columns, get_split, load_dataset_splits
+from .opening import OpenedData, open_data
 from .reading import LabelEncoding, UnreadableImageError
 from .samples import (
     EpochSampler,
@@ -15,6 +16,7 @@ from .samples import (
     count_pixels,
     sample_generator,
 )
+from .splitting import complete_splits
 from .streaming import StreamingDataset, check_stream, count_images
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "EvaluationDataset",
     "FeatureDataset",
     "LabelEncoding",
+    "OpenedData",
     "SegmentationDataset",
     "Splits",
     "StreamingDataset",
@@ -30,6 +33,7 @@ __all__ = [
     "TrainingDataset",
     "UnreadableImageError",
     "check_stream",
+    "complete_splits",
     "count_images",
     "count_pixels",
     "describe_classes",
@@ -37,6 +41,7 @@ __all__ = [
     "get_split",
     "label_encoding",
     "load_dataset_splits",
+    "open_data",
     "open_samples",
     "print_once",
     "read_class_names",

@@ -1,48 +1,28 @@
-"""Every photograph and label map is read once before anything is computed from them, and all faults are reported."""
+"""What is refused before anything is computed from a dataset, with all faults at once, and what is said about it."""
 
-import hashlib
-import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import datasets
-import PIL
 import torch
-from filelock import FileLock
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from depict_hf.configuration_depict import IGNORE_LABEL
-
-from . import reading
+from .inspection import Inspection, inspect_once, inspect_samples, place_of
 from .layouts import Splits
 from .loading import get_split
-from .reading import LabelEncoding, UnreadableImageError
+from .reading import IGNORE_LABEL, LabelEncoding
 from .samples import SegmentationDataset
 from .streaming import store
 
-_BATCH = 16
+__all__ = [
+    "Inspection",
+    "describe_classes",
+    "inspect_samples",
+    "label_encoding",
+    "open_samples",
+    "print_once",
+    "read_split",
+]
 _SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What reading all samples showed.
-
-    Args:
-        unreadable: Place and message of each image that cannot be decoded, or whose label map cannot.
-        wrong: The same for label maps that do not fit their photograph or hold ids that are no class.
-        pixels: Of each class over all other label maps.
-        ignored: Pixels without a class.
-    """
-
-    unreadable: list[tuple[int, str]]
-    wrong: list[tuple[int, str]]
-    pixels: list[int]
-    ignored: int
 
 
 def open_samples(
@@ -76,36 +56,112 @@ def open_samples(
     opened = getattr(splits, "opened", {})
     depends_on = (split, tuple(class_names), image_column, label_column, reduce_labels, skip_unreadable)
     if depends_on not in opened:
-        encoding = label_encoding(splits, class_names, reduce_labels)
-        dataset = get_split(splits, split)
-        if isinstance(dataset, datasets.IterableDataset):
-            dataset = store(dataset, split)
-        samples = SegmentationDataset(
-            dataset, len(class_names), image_column, label_column, encoding=encoding, split=split
-        )
-        opened[depends_on] = _checked(samples, class_names, skip_unreadable, num_workers)
+        columns = (image_column, label_column)
+        samples, found = read_split(splits, split, *columns, num_workers=num_workers)
+        label_encoding(splits, class_names, reduce_labels)  # refuses names before faults of label maps
+        encoding, note = settle_encoding(splits, class_names, reduce_labels, found, *columns, num_workers=num_workers)
+        opened[depends_on], report = check_split(samples, found, class_names, encoding, skip_unreadable)
+        print_once("\n".join([*report, *([f"  {note}"] if note else [])]))
     return opened[depends_on]
 
 
-def _checked(
-    samples: SegmentationDataset, class_names: Sequence[str], skip_unreadable: bool, num_workers: int
-) -> SegmentationDataset:
-    """The samples that can be decoded, after a report; `ValueError` where anything is to be refused."""
-    found = _inspect_once(samples, num_workers)
-    faults = _describe_faults(found, samples, skip_unreadable)
+def read_split(
+    splits: Mapping[str, datasets.Dataset],
+    split: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_workers: int = 0,
+) -> tuple[SegmentationDataset, Inspection]:
+    """Samples of one split, whose classes are not settled yet, and what reading them showed.
+
+    Raises:
+        ValueError: If the split does not exist, or its columns are neither given nor found.
+    """
+    dataset = get_split(splits, split)
+    if isinstance(dataset, datasets.IterableDataset):
+        dataset = store(dataset, split)
+    samples = SegmentationDataset(dataset, IGNORE_LABEL, image_column, label_column, split=split)
+    return samples, inspect_once(samples, num_workers)
+
+
+def settle_encoding(
+    splits: Mapping[str, datasets.Dataset],
+    class_names: Sequence[str],
+    reduce_labels: bool,
+    found: Inspection,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_workers: int = 0,
+) -> tuple[LabelEncoding, str]:
+    """`label_encoding`, but of two classes in masks that hold 0 and 255 only, 255 is the second; and a line on that.
+
+    Such masks are those of no other kind: if 255 were ignored, nothing but class 0 would be left in all splits.
+
+    Args:
+        found: In the split that is to be opened; the others are read only where it holds 0 and 255.
+
+    Raises:
+        ValueError: If names differ from those of the dataset, `reduce_labels` contradicts its layout, or there is
+            nothing to learn, as masks hold 0 and 255 for another number of classes than two.
+    """
+    encoding = label_encoding(splits, class_names, reduce_labels)
+    known = getattr(splits, "encoding", None) is not None or reduce_labels
+    if known or IGNORE_LABEL not in found.all_ids or not found.all_ids <= {0, IGNORE_LABEL}:
+        return encoding, ""
+    together = set(found.all_ids)
+    for name, dataset in splits.items():
+        if not isinstance(dataset, datasets.IterableDataset):
+            together |= read_split(splits, name, image_column, label_column, num_workers)[1].all_ids
+    if together != {0, IGNORE_LABEL}:
+        return encoding, ""
+    if len(class_names) == 2:
+        return LabelEncoding.binary(), f"masks hold only 0 and 255; 255 is class 1, {class_names[1]}, and not ignored"
+    raise ValueError(
+        "All label maps hold only 0 and 255, of which 255 is ignored, so that nothing is left to tell apart, and there "
+        f"are {len(class_names)} class names. Name two classes, the first for 0 and the second for 255, as in "
+        "background,crack; or write the numbers of classes into the masks."
+    )
+
+
+def check_split(
+    samples: SegmentationDataset,
+    found: Inspection,
+    class_names: Sequence[str],
+    encoding: LabelEncoding,
+    skip_unreadable: bool,
+) -> tuple[SegmentationDataset, list[str]]:
+    """The samples that can be decoded, with their classes, and lines that say what was found.
+
+    Raises:
+        ValueError: If anything is to be refused; the message has all faults of the split.
+    """
+    faults = _describe_faults(found, samples, encoding, class_names, skip_unreadable)
     if faults:
         raise ValueError(faults)
-    count = len(samples)
+    checked = SegmentationDataset(
+        samples.dataset,
+        len(class_names),
+        samples.image_column,
+        samples.label_column,
+        encoding=encoding,
+        split=samples.split,
+    )
     if found.unreadable:
-        samples = samples.without(index for index, _ in found.unreadable)
-    if not sum(found.pixels):
+        checked = checked.without(index for index, _ in found.unreadable)
+    pixels, ignored = found.pixels_by_class(encoding, len(class_names))
+    if not sum(pixels):
         raise ValueError(
-            f"Split {samples.split} has no labelled pixel in {len(samples)} images; its labels may be withheld, as "
+            f"Split {checked.split} has no labelled pixel in {len(checked)} images; its labels may be withheld, as "
             "those of test splits often are: choose another split."
         )
-    samples.pixels = torch.tensor(found.pixels)
-    print_once(_describe(found, samples, count, class_names))
-    return samples
+    checked.pixels = torch.tensor(pixels)
+    share = ignored / (sum(pixels) + ignored)
+    lines = [f"Split {checked.split}: {len(checked)} of {len(samples)} images, {share:.1%} of pixels ignored"]
+    lines += [f"  left out: {message}" for _, message in found.unreadable]
+    absent = [name for name, count in zip(class_names, pixels, strict=True) if not count]
+    if absent:
+        lines.append(f"  classes without a pixel: {', '.join(absent)}")
+    return checked, lines
 
 
 def describe_classes(splits: Mapping[str, datasets.Dataset], class_names: Sequence[str]) -> str:
@@ -140,99 +196,67 @@ def label_encoding(
     return known.encoding
 
 
-def inspect_samples(samples: SegmentationDataset, num_workers: int = 0) -> Inspection:
-    """Read all samples, in `num_workers` processes or in this one."""
-    loader = DataLoader(_Readings(samples), batch_size=_BATCH, num_workers=num_workers, collate_fn=_as_is)
-    unreadable, wrong = [], []
-    pixels = torch.zeros(samples.num_labels, dtype=torch.long)
-    ignored = 0
-    progress = tqdm(total=len(samples), desc=f"Checking {samples.split}", disable=not sys.stderr.isatty())
-    for batch in loader:
-        for index, fault, counts in batch:
-            if fault:
-                (unreadable if fault[0] else wrong).append((index, fault[1]))
-            else:
-                pixels += torch.tensor(counts[0])
-                ignored += counts[1]
-        progress.update(len(batch))
-    progress.close()
-    return Inspection(unreadable, wrong, pixels.tolist(), ignored)
-
-
-class _Readings(Dataset):
-    """For each sample its place, its fault (whether it cannot be decoded, and a message) or None, and its pixels."""
-
-    def __init__(self, samples: SegmentationDataset):
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[int, tuple[bool, str] | None, tuple[list[int], int] | None]:
-        try:
-            labels = self.samples[index]["labels"].flatten()
-        except UnreadableImageError as error:
-            return index, (True, f"image {index}: {error.__cause__}"), None
-        except ValueError as error:
-            return index, (False, str(error)), None
-        counts = torch.bincount(labels, minlength=IGNORE_LABEL + 1)
-        ignored = int(counts[IGNORE_LABEL])
-        counts[IGNORE_LABEL] = 0
-        # Beyond 255 classes, those after the ignored id are counted, too.
-        padded = torch.nn.functional.pad(counts, (0, max(self.samples.num_labels - len(counts), 0)))
-        return index, None, (padded[: self.samples.num_labels].tolist(), ignored)
-
-
-def _as_is(batch: list) -> list:
-    return batch
-
-
-def _inspect_once(samples: SegmentationDataset, num_workers: int) -> Inspection:
-    """`inspect_samples`, or what it found earlier in the same data."""
-    depends_on = [samples.fingerprint, samples.image_column, samples.label_column, samples.split, samples.num_labels]
-    depends_on += [samples.encoding.classes, PIL.__version__]
-    code = b"".join(Path(each).read_bytes() for each in (__file__, reading.__file__))
-    name = hashlib.sha256(json.dumps(depends_on).encode() + code).hexdigest()[:16]
-    path = Path(datasets.config.HF_DATASETS_CACHE) / "depict_checks" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if path.is_file():
-            return Inspection(**json.loads(path.read_text()))
-        found = inspect_samples(samples, num_workers)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(found)))
-        partial.rename(path)
-    return found
-
-
-def _describe_faults(found: Inspection, samples: SegmentationDataset, skip_unreadable: bool) -> str:
+def _describe_faults(
+    found: Inspection,
+    samples: SegmentationDataset,
+    encoding: LabelEncoding,
+    class_names: Sequence[str],
+    skip_unreadable: bool,
+) -> str:
     """What is refused, or an empty text."""
     parts = []
     of_split = f"of {len(samples)} {{}} of split {samples.split}"
     if found.unreadable and (not skip_unreadable or len(found.unreadable) == len(samples)):
-        lines = "".join(f"\n  {message}" for _, message in found.unreadable)
+        lines = _lines([message for _, message in found.unreadable])
         parts.append(
             f"{len(found.unreadable)} {of_split.format('images')} cannot be read:{lines}\nRepair or remove them, or "
             "leave them out with skip_unreadable=true (training.evaluate: --skip-unreadable)."
         )
-    if found.wrong:
-        lines = "".join(f"\n  {message}" for _, message in found.wrong[:_SHOWN])
-        more = f"\n  and {len(found.wrong) - _SHOWN} more" if len(found.wrong) > _SHOWN else ""
-        parts.append(f"{len(found.wrong)} {of_split.format('label maps')} do not suit:{lines}{more}")
+    meaningless = found.meaningless(encoding)
+    wrong = [(place, message) for place, message in found.wrong]
+    wrong += [(place, f"{place_of(samples, place)}: {encoding.refusal(ids)}") for place, ids in meaningless]
+    if wrong:
+        lines = _lines([message for _, message in sorted(wrong)])
+        parts.append(f"{len(wrong)} {of_split.format('label maps')} do not suit:{lines}")
+    if meaningless:
+        parts += _remedies({each for _, ids in meaningless for each in ids}, found.all_ids, class_names)
     return "\n".join(parts)
 
 
-def _describe(found: Inspection, samples: SegmentationDataset, count: int, class_names: Sequence[str]) -> str:
-    """Lines on one split: how many images, which were left out, which classes have no pixel."""
-    total = sum(found.pixels) + found.ignored
-    lines = [f"Split {samples.split}: {len(samples)} of {count} images, {found.ignored / total:.1%} of pixels ignored"]
-    lines += [f"  left out: {message}" for _, message in found.unreadable]
-    absent = [name for name, pixels in zip(class_names, found.pixels, strict=True) if not pixels]
-    if absent:
-        lines.append(f"  classes without a pixel: {', '.join(absent)}")
-    if len(absent) == len(class_names) - 1 and found.ignored:
-        lines.append("  a single class has pixels; in masks of 0 and 255, 255 is ignored: save them with 0 and 1")
-    return "\n".join(lines)
+def _lines(messages: Sequence[str]) -> str:
+    """The first of all messages, each on a line of its own, and how many more there are."""
+    more = f"\n  and {len(messages) - _SHOWN} more" if len(messages) > _SHOWN else ""
+    return "".join(f"\n  {message}" for message in messages[:_SHOWN]) + more
+
+
+def _remedies(meaningless: set[int], present: set[int], class_names: Sequence[str]) -> list[str]:
+    """What probably is the matter with ids that mean nothing, and what to do."""
+    count = len(class_names)
+    meant = sorted(present - {IGNORE_LABEL})
+    if meaningless == {count} and 0 not in present:
+        return [
+            f"Ids begin at 1: no label map holds 0, and the last of {count} classes has id {count}. Pass "
+            "reduce_labels=true (training.evaluate: --reduce-labels), and 1 is the first class, 0 ignored."
+        ]
+    if meaningless == {count}:
+        return [
+            f"Ids go from 0 to {count}, which are {count + 1}, and there are {count} class names. If 0 is a class, "
+            "such as background, name it first; if 0 is no class, pass reduce_labels=true (training.evaluate: "
+            "--reduce-labels), and it is ignored."
+        ]
+    if meaningless == {65535}:
+        return ["In 16-bit masks, 65535 is probably what is to be ignored; write 255 there instead."]
+    if len(meant) <= count + 1 and meant[-1] >= 2 * count:
+        listed = ", ".join(map(str, meant[:40]))
+        lines = "".join(f"\n  NAME{index},{value},{value},{value}" for index, value in enumerate(meant[:40]))
+        return [
+            f"The maps hold the ids {listed}, with gaps, as grey levels that stand for classes do. In a folder of "
+            "files, write classes.csv with these lines, and put a class name for each NAME:\n  name,r,g,b" + lines
+        ]
+    return [
+        f"Maps hold ids up to {meant[-1]}, for which {meant[-1] + 1} class names are needed, and there are {count}: "
+        "name all classes in the order of their ids."
+    ]
 
 
 def _compare_names(class_names: Sequence[str], splits: Splits) -> None:

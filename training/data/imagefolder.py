@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 from depict_hf.labels import read_class_names
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-CLASS_FILES = ("id2label.json", "classes.txt")
+CLASS_FILES = ("id2label.json", "classes.txt", "class_names.txt", "labels.txt")
 # What `datasets` takes for the names of splits, too.
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -28,7 +28,7 @@ SPLIT_NAMES = {
 
 def find_metadata(folder: Path) -> list[Path]:
     """Its metadata files, unless its README says itself where its data are."""
-    if _readme_has_configs(folder / "README.md"):
+    if "configs" in read_readme(folder)[0]:
         return []
     return sorted(path for name in METADATA for path in folder.rglob(name))
 
@@ -58,11 +58,23 @@ def load_imagefolder(folder: Path, metadata: list[Path], streaming: bool = False
     return _load(folder, {split: [f"{part}/**"] for part, split in names.items()}, streaming)
 
 
-def find_class_names(folder: Path) -> tuple[str, ...] | None:
-    """Those in `id2label.json` or `classes.txt` of a folder; None where there is no such file.
+def read_text(path: Path) -> str:
+    """Text of a small file, with or without a byte order mark.
 
     Raises:
-        ValueError: If there are both, and they differ.
+        ValueError: If it is not in UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8; save it as that.") from error
+
+
+def find_class_names(folder: Path) -> tuple[str, ...] | None:
+    """Those in one of `CLASS_FILES` of a folder; None where there is no such file.
+
+    Raises:
+        ValueError: If there are several, and they differ, or one cannot be used.
     """
     found = {name: read_class_names(folder / name) for name in CLASS_FILES if (folder / name).is_file()}
     if len(set(found.values())) > 1:
@@ -101,10 +113,21 @@ def _split_by_folder(folder: Path, dataset: datasets.Dataset) -> dict[str, datas
     }
 
 
-def _readme_has_configs(readme: Path) -> bool:
-    """Whether the YAML at its beginning has `configs`."""
-    if not readme.is_file():
-        return False
-    parts = readme.read_text(encoding="utf-8").split("---\n", 2)
-    header = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-    return isinstance(header, dict) and "configs" in header
+def read_readme(folder: Path) -> tuple[dict, str]:
+    """The YAML at the beginning of a folder's README.md, and the text below it; empty where there is none.
+
+    Raises:
+        ValueError: If the YAML cannot be read.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}, ""
+    text = read_text(path)
+    parts = text.split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}, text
+    try:
+        header = yaml.safe_load(parts[1])
+    except yaml.YAMLError as error:
+        raise ValueError(f"The YAML at the beginning of {path} cannot be read; correct it: {error}") from error
+    return (header, parts[2]) if isinstance(header, dict) else ({}, text)

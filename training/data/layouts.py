@@ -25,6 +25,9 @@ class Splits(dict[str, datasets.Dataset]):
         layout: What the folder was recognised as, in words.
         class_names: In the order of the classes; None where the dataset does not say.
         encoding: Of the ids in its label maps; None where the dataset does not say.
+        suggested_names: Likely names of the classes, to be used where nobody says otherwise and the ids fit.
+        notes: Sentences on rules that were applied and on files that were left out.
+        folder: Where its files are, if in a folder.
 
     Attributes:
         opened: Samples of splits that were checked already, by what they depend on.
@@ -36,12 +39,23 @@ class Splits(dict[str, datasets.Dataset]):
         layout: str = "a Hub dataset",
         class_names: tuple[str, ...] | None = None,
         encoding: LabelEncoding | None = None,
+        suggested_names: tuple[str, ...] | None = None,
+        notes: tuple[str, ...] = (),
+        folder: Path | None = None,
     ):
         super().__init__(splits)
         self.layout = layout
         self.class_names = class_names
         self.encoding = encoding
+        self.suggested_names = suggested_names
+        self.notes = notes
+        self.folder = folder
         self.opened: dict = {}
+
+    def replace(self, splits: Mapping[str, datasets.Dataset], *notes: str) -> "Splits":
+        """Other splits of the same dataset, with more notes."""
+        known = (self.layout, self.class_names, self.encoding, self.suggested_names)
+        return Splits(splits, *known, (*self.notes, *notes), self.folder)
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,7 @@ class Layout:
         roots: Folders, inside the one that is given, which may hold it.
         folders: Of which one or more tells that this layout is meant.
         read: Finds pairs of photographs and label maps by split, and the encoding of the maps.
+        file_pattern: What some file in `folders` must match, where folders of these names are usual elsewhere, too.
     """
 
     name: str
@@ -61,11 +76,14 @@ class Layout:
     roots: tuple[str, ...]
     folders: tuple[str, ...]
     read: Callable[[Path], tuple[dict[str, Pairs], LabelEncoding]]
+    file_pattern: str | None = None
 
     def root(self, folder: Path) -> Path | None:
         """The folder that holds it, `folder` or one inside; None where there is none."""
         for root in self.roots:
-            if any((folder / root / each).is_dir() for each in self.folders):
+            inside = [folder / root / each for each in self.folders if (folder / root / each).is_dir()]
+            pattern = self.file_pattern
+            if inside and (pattern is None or any(next(each.glob(pattern), None) for each in inside)):
                 return folder / root
         return None
 
@@ -87,13 +105,14 @@ def find_layout(folder: Path) -> Splits | None:
         pairs, encoding = layout.read(root)
     except ValueError as error:
         raise ValueError(f"{root} looks like {layout.name}, but is incomplete. {error}") from error
-    splits = {name: _dataset(each, name) for name, each in pairs.items() if each}
+    splits = {name: dataset_of_files(each, name) for name, each in pairs.items() if each}
     if not splits:
         raise ValueError(
             f"{root} looks like {layout.name} ({' or '.join(layout.folders)} is there), but holds no photographs with "
             "label maps; unpack both archives of the dataset into one folder."
         )
-    return Splits(splits, f"{layout.name} in its official layout", tuple(class_names(layout.classes)), encoding)
+    names = tuple(class_names(layout.classes))
+    return Splits(splits, f"{layout.name} in its official layout", names, encoding, folder=folder)
 
 
 def _ade20k(root: Path) -> tuple[dict[str, Pairs], LabelEncoding]:
@@ -184,6 +203,7 @@ LAYOUTS = (
         ("", "ADEChallengeData2016"),
         ("images/training", "images/validation", "annotations/training", "annotations/validation"),
         _ade20k,
+        "ADE_*",
     ),
     Layout("Cityscapes", "cityscapes", ("", "cityscapes"), ("leftImg8bit", "gtFine"), _cityscapes),
     Layout(
@@ -230,7 +250,8 @@ def _pairs(
     return [(images[name], labels[name]) for name in names]
 
 
-def _dataset(pairs: Pairs, split: str) -> datasets.Dataset:
+def dataset_of_files(pairs: Pairs, split: str) -> datasets.Dataset:
+    """One split: columns `image` and `label` of photographs and label maps."""
     columns = {"image": [str(image) for image, _ in pairs], "label": [str(label) for _, label in pairs]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
     return datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))

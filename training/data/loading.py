@@ -7,8 +7,10 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
+from .formats import Tree, describe_unknown, find_format
 from .imagefolder import find_class_names, find_metadata, load_imagefolder
-from .layouts import LAYOUTS, Splits, find_layout
+from .layouts import Splits, dataset_of_files, find_layout
+from .naming import names_in_features, names_in_readme
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values", "photo")
 LABEL_COLUMNS = (
@@ -33,18 +35,19 @@ def load_dataset_splits(name_or_path: str | Path, streaming: bool = False) -> Sp
 
     Args:
         name_or_path: A dataset of the Hub that needs no script, or a folder: laid out like one on the Hub, in an
-            official layout (`training.layouts`), an `imagefolder` (`training.imagefolder`), or written by
-            `save_to_disk`.
+            official layout (`training.data.layouts`), an `imagefolder` (`training.data.imagefolder`), written by
+            `save_to_disk`, or in a format of `training.data.formats`, from `images/` and `masks/` to COCO.
         streaming: Whether splits are read on the way, as `datasets.IterableDataset`.
 
     Raises:
         FileNotFoundError: If there is neither such a folder nor such a dataset.
+        ImportError: If reading the format needs pycocotools, and it is not installed.
         ValueError: If a folder is incomplete or looks like several layouts, or the data cannot be loaded.
     """
     folder = Path(name_or_path)
     try:
         if not folder.is_dir():
-            return Splits(datasets.load_dataset(str(name_or_path), streaming=streaming))
+            return _named(Splits(datasets.load_dataset(str(name_or_path), streaming=streaming)))
         return _load_folder(folder, streaming)
     except (RuntimeError, DatasetGenerationError) as error:
         # `RuntimeError` for datasets that need a script.
@@ -64,26 +67,45 @@ def _load_folder(folder: Path, streaming: bool) -> Splits:
         )
     if official is not None:
         return _streamed(official) if streaming else official
-    names = find_class_names(folder)
     if metadata:
-        return Splits(load_imagefolder(folder, metadata, streaming), "an imagefolder", names)
+        splits = load_imagefolder(folder, metadata, streaming)
+        return Splits(splits, "an imagefolder", find_class_names(folder), folder=folder)
     if (folder / "dataset_dict.json").is_file():
-        saved = Splits(datasets.load_from_disk(str(folder)), "a dataset saved to disk", names)
-        return _streamed(saved) if streaming else saved
+        saved = datasets.load_from_disk(str(folder))
+        named = _named(Splits(saved, "a dataset saved to disk", find_class_names(folder), folder=folder))
+        return _streamed(named) if streaming else named
+    tree = Tree(folder)
+    found = find_format(tree)
+    if found is not None:
+        splits = {name: dataset_of_files(pairs, name) for name, pairs in found.pairs.items() if pairs}
+        known = (found.layout, found.class_names, found.encoding, found.suggested_names, found.notes)
+        own = Splits(splits, *known, folder=folder)
+        return _streamed(own) if streaming else own
+    unknown = describe_unknown(tree)
+    if not any(path.suffix in (".parquet", ".arrow", ".tar", ".zip", ".json", ".jsonl", ".csv") for path in tree.files):
+        raise ValueError(unknown)
     try:
-        return Splits(datasets.load_dataset(str(folder), streaming=streaming), "a folder in Hub layout", names)
-    except (FileNotFoundError, ValueError) as error:
-        official_names = ", ".join(layout.name for layout in LAYOUTS)
-        raise ValueError(
-            f"Found no dataset in {folder}; needed is a folder in Hub layout, in the official layout of one of "
-            f"{official_names}, or of images with a metadata.jsonl ({error})"
-        ) from error
+        splits = datasets.load_dataset(str(folder), streaming=streaming)
+    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"{unknown}\n(As a folder in Hub layout it cannot be read: {error})") from error
+    return _named(Splits(splits, "a folder in Hub layout", find_class_names(folder), folder=folder))
+
+
+def _named(splits: Splits) -> Splits:
+    """The same splits with the class names that their features or their README have."""
+    features = next(iter(splits.values())).features if splits else None
+    if splits.class_names is None and features is not None:
+        splits.class_names = names_in_features(features)
+    if splits.folder is not None:
+        splits.suggested_names = names_in_readme(splits.folder)
+    return splits
 
 
 def _streamed(splits: Splits) -> Splits:
     """The same splits as streams, in parts that workers can share."""
-    streams = {name: split.to_iterable_dataset(num_shards=min(len(split), 64)) for name, split in splits.items()}
-    return Splits(streams, splits.layout, splits.class_names, splits.encoding)
+    return splits.replace(
+        {name: split.to_iterable_dataset(num_shards=min(len(split), 64)) for name, split in splits.items()}
+    )
 
 
 def get_split(splits: Mapping[str, datasets.Dataset], name: str) -> datasets.Dataset:

@@ -1,9 +1,13 @@
 """One photograph and its label map out of their files, and the classes that the ids in a label map mean."""
 
+import hashlib
+import io
 import os
 import struct
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -26,6 +30,7 @@ _DECODING_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+_EXIF_ORIENTATION = 0x0112
 _FEATURE = datasets.Image()
 _DECODER = DepictImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
 
@@ -52,6 +57,11 @@ class LabelEncoding:
         return cls(tuple(table.get(index, -1) for index in range(max(table) + 1)))
 
     @classmethod
+    def binary(cls) -> "LabelEncoding":
+        """Of masks of two classes that hold 0 and 255: 255 is class 1, and nothing is ignored."""
+        return cls((0, *[-1] * (IGNORE_LABEL - 1), 1))
+
+    @classmethod
     def counted(cls, num_labels: int, reduce_labels: bool = False) -> "LabelEncoding":
         """Ids are the classes; with `reduce_labels` they are the classes plus one, and 0 is ignored."""
         if reduce_labels:
@@ -70,14 +80,21 @@ class LabelEncoding:
         else:
             classes = lookup.take(np.where((ids >= 0) & (ids < len(self.classes)), ids, len(self.classes)))
         if classes.min() < 0:
-            wrong = np.unique(ids[classes < 0])[:10].tolist()
-            raise ValueError(f"Got label ids {wrong}, needed {self}; check the class names and reduce_labels.")
+            raise ValueError(self.refusal(np.unique(ids[classes < 0]).tolist()))
         return torch.from_numpy(classes)
+
+    def meaningless(self, ids: Iterable[int]) -> list[int]:
+        """Those of some ids that mean nothing."""
+        return [each for each in ids if not 0 <= each < len(self.classes) or self.classes[each] < 0]
+
+    def refusal(self, wrong: Sequence[int]) -> str:
+        """An error's text on ids that mean nothing."""
+        return f"Got label ids {list(wrong[:10])}, needed {self}; check the class names and reduce_labels."
 
     def __str__(self) -> str:
         ignored = [index for index, each in enumerate(self.classes) if each == IGNORE_LABEL]
         meant = [index for index, each in enumerate(self.classes) if each not in (IGNORE_LABEL, -1)]
-        return f"{_ranges(meant)}, or {_ranges(ignored)} (ignored)"
+        return f"{_ranges(meant)}, or {_ranges(ignored)} (ignored)" if ignored else _ranges(meant)
 
 
 def read_image(encoded: dict) -> Image.Image:
@@ -107,6 +124,17 @@ def read_pair(encoded_image: dict, encoded_labels: dict, encoding: LabelEncoding
         UnreadableImageError: If one of them cannot be decoded.
         ValueError: If the map does not fit the photograph, is no map of ids, or has ids that mean nothing.
     """
+    image, ids = read_ids(encoded_image, encoded_labels)
+    return image, encoding.decode(ids)
+
+
+def read_ids(encoded_image: dict, encoded_labels: dict) -> tuple[Tensor, np.ndarray]:
+    """As `read_pair`, with the ids of the label map, integers `(height, width)`, whatever they mean.
+
+    Raises:
+        UnreadableImageError: If one of them cannot be decoded.
+        ValueError: If the map does not fit the photograph, or is no map of ids.
+    """
     images = []
     for kind, encoded in (("photograph", encoded_image), ("label map", encoded_labels)):
         try:
@@ -116,11 +144,42 @@ def read_pair(encoded_image: dict, encoded_labels: dict, encoding: LabelEncoding
     image, labels = images
     if labels.format == "JPEG":
         raise ValueError("Got a label map saved as JPEG, which changes ids; needed is PNG or another lossless format.")
-    if image.mode == "RGB" and labels.mode in ("L", "P") and image.size == labels.size:
+    if image.size != labels.size:
+        raise ValueError(_sizes_differ(image, labels, encoded_image))
+    if image.mode == "RGB" and labels.mode in ("L", "P"):
         # The processor's results for the usual modes, without its work for all others.
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), encoding.decode(np.array(labels))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), np.array(labels)
     decoded = _DECODER(image, segmentation_maps=labels)
-    return decoded["pixel_values"][0], encoding.decode(decoded["labels"][0].numpy())
+    return decoded["pixel_values"][0], decoded["labels"][0].numpy()
+
+
+def _sizes_differ(image: Image.Image, labels: Image.Image, encoded_image: dict) -> str:
+    """An error's text, which says whether the photograph's EXIF orientation is the reason."""
+    (width, height), (label_width, label_height) = image.size, labels.size
+    sizes = (
+        f"Got a segmentation map of size ({label_height}, {label_width}) for an image of size ({height}, {width}) "
+        "(height, width), but they must be equal;"
+    )
+    data = encoded_image["bytes"]
+    with Image.open(encoded_image["path"] if data is None else io.BytesIO(data)) as stored:
+        orientation = stored.getexif().get(_EXIF_ORIENTATION, 1)
+        turned = orientation in (5, 6, 7, 8) and stored.size == labels.size
+    if turned:
+        return (
+            f"{sizes} the photograph is stored lying and turned by its EXIF orientation {orientation}, and the map was "
+            "made for the lying one: turn the map alike, or remove the orientation from the photograph."
+        )
+    return f"{sizes} check that they belong together, or resize the map (nearest neighbour, no smoothing)."
+
+
+def content_hash(encoded: dict) -> str:
+    """A short text that is the same for files of the same bytes, 16 characters.
+
+    Raises:
+        OSError: If there is no such file.
+    """
+    data = encoded["bytes"]
+    return hashlib.blake2b(Path(encoded["path"]).read_bytes() if data is None else data, digest_size=8).hexdigest()
 
 
 def name_of(encoded: dict | None) -> str | None:

@@ -1,0 +1,183 @@
+"""LabelMe: a JSON file of named shapes for each photograph, drawn in their order."""
+
+import base64
+import binascii
+import io
+import json
+from collections import Counter
+from functools import partial
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .coco import BACKGROUND_NAMES, find_photograph
+from .found import Found, Tree, check_class_count, listed, refuse, split_of
+from .rendering import Drawing, cache_folder, content_key, render, write_whole
+
+_AREAS = ("polygon", "rectangle", "circle", "mask")
+_IGNORED = "__ignore__"
+
+
+def find_labelme(tree: Tree) -> Found | None:
+    """JSON files with `shapes`; None where there are none.
+
+    Raises:
+        ValueError: If a photograph is missing, or shapes cannot be drawn; the message names all faults.
+    """
+    files = {path: content for path in tree.with_suffix(".json") if (content := _read(path)) is not None}
+    if not files:
+        return None
+    listed_names = tree.class_names()
+    counts = Counter(
+        (shape["label"], shape.get("shape_type") or "polygon") for each in files.values() for shape in each["shapes"]
+    )
+    used = {label for label, kind in counts if kind in _AREAS and label != _IGNORED}
+    names = _class_names(used, listed_names, tree)
+    classes = {name: index for index, name in enumerate(names)} | {_IGNORED: 255}
+    splits: dict[str | None, list[tuple[Path, Drawing]]] = {}
+    faults = []
+    for path, content in files.items():
+        split = split_of(tree.relative(path).parts[:-1])
+        try:
+            photograph = _photograph(tree, path, content, split)
+        except ValueError as error:
+            faults.append(f"{tree.relative(path)}: {error}")
+            continue
+        draw = partial(_draw, content, classes, photograph)
+        drawing = Drawing(str(tree.relative(path)), ("labelme", content_key(path), str(classes)), draw)
+        splits.setdefault(split, []).append((photograph, drawing))
+    refuse(faults, f"{len(faults)} of {len(files)} LabelMe files have no photograph:")
+    if None in splits and len(splits) > 1:
+        raise ValueError(
+            f"{len(splits[None])} LabelMe files, such as that of {splits[None][0][0]}, lie in no folder of a split "
+            "(train, val, test), but others do; put all into such folders, or none."
+        )
+    drawn = iter(render([drawing for pairs in splits.values() for _, drawing in pairs]))
+    notes = [f"pixels outside all shapes are class 0, {names[0]}; later shapes of a file are drawn over earlier ones"]
+    if any(label == _IGNORED for label, _ in counts):
+        notes.append(f"shapes called {_IGNORED} are ignored")
+    lines: Counter[str] = Counter()
+    for (_, kind), count in counts.items():
+        if kind not in _AREAS:
+            lines[kind] += count
+    notes += [f"{count} shapes of type {kind} have no area and are left out" for kind, count in lines.items()]
+    annotated = {photograph for pairs in splits.values() for photograph, _ in pairs}
+    without = [str(tree.relative(path)) for path in tree.images if path not in annotated]
+    if without:
+        notes.append(f"{len(without)} photographs without a JSON file are left out: {listed(without)}")
+    return Found(
+        f"LabelMe ({len(files)} JSON files)",
+        {split or "train": [(photograph, next(drawn)) for photograph, _ in pairs] for split, pairs in splits.items()},
+        names,
+        notes=tuple(notes),
+    )
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError):
+        return None
+    shapes = content.get("shapes") if isinstance(content, dict) else None
+    if not isinstance(shapes, list) or not ("imagePath" in content or "imageData" in content):
+        return None
+    return content if all(isinstance(each, dict) and "label" in each for each in shapes) else None
+
+
+def _class_names(used: set[str], given: tuple[str, ...] | None, tree: Tree) -> tuple[str, ...]:
+    """Background first, then the names in the order of a file that lists them, else of the alphabet.
+
+    Raises:
+        ValueError: If a file lists names, but not all that are used.
+    """
+    background = next((name for name in sorted(used | set(given or ())) if name.lower() in BACKGROUND_NAMES), None)
+    if given is not None:
+        missing = sorted(used - set(given))
+        if missing:
+            raise ValueError(
+                f"Shapes in {tree.folder} are called {listed(missing)}, which the file of class names there does not "
+                "list; add these names, or correct the shapes."
+            )
+    others = [name for name in (given or sorted(used)) if name not in (background, _IGNORED)]
+    names = (background or "background", *others)
+    check_class_count(names, tree.folder)
+    return names
+
+
+def _photograph(tree: Tree, path: Path, content: dict, split: str | None) -> Path:
+    """The file that a JSON file belongs to: the one that it names, one of its own name, or the one inside it."""
+    named = content.get("imagePath")
+    if named:
+        beside = path.parent / PureWindowsPath(named).as_posix()
+        if beside.is_file():
+            return beside
+        found = find_photograph(tree, PureWindowsPath(named).name, path, split)
+        if isinstance(found, Path):
+            return found
+    same_name = [image for image in tree.images if image.parent == path.parent and image.stem == path.stem]
+    if same_name:
+        return same_name[0]
+    if not content.get("imageData"):
+        raise ValueError(f"there is no photograph {named or path.stem} below {tree.folder}, nor one in the file itself")
+    try:
+        data = base64.b64decode(content["imageData"], validate=True)
+        with Image.open(io.BytesIO(data)) as image:
+            suffix = (image.format or "png").lower()
+    except (binascii.Error, OSError, ValueError) as error:
+        raise ValueError(f"its imageData is no picture ({error})") from error
+    target = cache_folder() / "depict_photographs" / f"{path.stem}-{content_key(path)[:24]}.{suffix}"
+    if not target.is_file():
+        write_whole(target, lambda partial: partial.write_bytes(data))
+    return target
+
+
+def _draw(content: dict, classes: dict[str, int], photograph: Path) -> np.ndarray:
+    height, width = content.get("imageHeight"), content.get("imageWidth")
+    if not height or not width:
+        with Image.open(photograph) as image:
+            width, height = image.size
+    labels = Image.new("L", (width, height), 0)
+    for number, shape in enumerate(content["shapes"]):
+        kind = shape.get("shape_type") or "polygon"
+        if kind not in _AREAS:
+            continue
+        points = [(float(x), float(y)) for x, y in shape.get("points", ())]
+        needed = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2}[kind]
+        if len(points) < needed:
+            raise ValueError(f"shape {number} ({kind} {shape['label']}) has {len(points)} points, needed {needed}")
+        draw_shape(labels, kind, points, classes[shape["label"]], shape.get("mask"))
+    return np.array(labels)
+
+
+def draw_shape(
+    labels: Image.Image, kind: str, points: list[tuple[float, float]], label: int, mask: str | None = None
+) -> None:
+    """Draw one shape over a label map, in place.
+
+    Args:
+        labels: Of mode "L".
+        kind: "polygon", "rectangle" (two opposite corners), "circle" (its centre and a point on it), or "mask" (the
+            corners of a picture).
+        points: (x, y) in pixels.
+        label: What is drawn.
+        mask: That picture, PNG in base64, whose pixels above 0 are drawn.
+    """
+    painter = ImageDraw.Draw(labels)
+    if kind == "polygon":
+        painter.polygon(points, fill=label, outline=label)
+        return
+    (left, top), (right, bottom) = points[:2]
+    if kind == "circle":
+        radius = ((right - left) ** 2 + (bottom - top) ** 2) ** 0.5
+        painter.ellipse([left - radius, top - radius, left + radius, top + radius], fill=label, outline=label)
+        return
+    corner = (min(left, right), min(top, bottom))
+    if kind == "rectangle":
+        painter.rectangle([corner, (max(left, right), max(top, bottom))], fill=label, outline=label)
+        return
+    if mask is None:
+        raise ValueError("a shape of type mask has no picture")
+    with Image.open(io.BytesIO(base64.b64decode(mask))) as picture:
+        stencil = picture.convert("L").point(lambda value: 255 if value else 0)
+    labels.paste(label, (round(corner[0]), round(corner[1])), stencil)

@@ -1,0 +1,84 @@
+"""Label maps that are drawn from annotations once, as PNG files in the cache of `datasets`."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from .found import refuse
+
+# To be raised whenever the same annotation is drawn differently.
+_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A label map that is not a file yet.
+
+    Args:
+        name: Of what it is drawn from, for messages.
+        depends_on: Texts that together determine what is drawn.
+        draw: Draws it: ids of classes, uint8 `(height, width)`. Raises `ValueError` or `OSError` where it cannot.
+    """
+
+    name: str
+    depends_on: tuple[str, ...]
+    draw: Callable[[], np.ndarray]
+
+    @property
+    def path(self) -> Path:
+        """Where its file is, or will be."""
+        digest = hashlib.sha256("\n".join((_VERSION, *self.depends_on)).encode()).hexdigest()[:32]
+        return cache_folder() / "depict_label_maps" / digest[:2] / f"{digest[2:]}.png"
+
+
+def cache_folder() -> Path:
+    """The cache of `datasets`, as it is set now."""
+    return Path(datasets.config.HF_DATASETS_CACHE)
+
+
+def render(drawings: Sequence[Drawing]) -> list[Path]:
+    """Files of all label maps, drawn unless they were before.
+
+    Raises:
+        ValueError: If some cannot be drawn; the message names all of them.
+    """
+    paths, faults = [], []
+    for drawing in tqdm(drawings, desc="Drawing label maps", disable=not sys.stderr.isatty(), leave=False):
+        paths.append(drawing.path)
+        if drawing.path.is_file():
+            continue
+        try:
+            ids = drawing.draw()
+        except (ValueError, OSError) as error:
+            faults.append(f"{drawing.name}: {error}")
+            continue
+        write_whole(drawing.path, lambda partial, ids=ids: Image.fromarray(ids.astype(np.uint8)).save(partial, "PNG"))
+    refuse(faults, f"{len(faults)} of {len(drawings)} label maps cannot be made:")
+    return paths
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written beside its place and move it there, so that no other process sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    write(partial)
+    partial.replace(path)
+
+
+def content_key(path: Path) -> str:
+    """Changes with what a file holds."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def state_key(path: Path) -> str:
+    """Changes when a file is written anew, without reading it."""
+    status = path.stat()
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
