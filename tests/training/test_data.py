@@ -99,7 +99,7 @@ def test_folders_that_are_no_dataset_are_refused(tmp_path):
         load_dataset_splits(tmp_path / "none")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.rst").write_text("nothing")
-    with pytest.raises(ValueError, match=r"(?s)Found no photographs with label maps in .*notes.*metadata\.jsonl.*ADE20K"):
+    with pytest.raises(ValueError, match=r"(?s)Found no photographs with label maps.*notes.*metadata\.jsonl.*ADE20K"):
         load_dataset_splits(tmp_path / "notes")
 
 
