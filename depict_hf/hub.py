@@ -1,6 +1,7 @@
 """Trained models made small enough to ship."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ def save_half_precision(source: str | Path, folder: str | Path) -> None:
 
     Args:
         source: Folder or Hub name of the model.
-        folder: Where to write; created if missing.
+        folder: Where to write; created if missing. Files of the names that are written (`config.json`,
+            `model.safetensors`, `preprocessor_config.json`) are replaced, and no others are touched.
 
     Raises:
         ValueError: If a weight is too large for float16.
@@ -29,15 +31,22 @@ def save_half_precision(source: str | Path, folder: str | Path) -> None:
     if too_large:
         raise ValueError(f"Weights of {', '.join(too_large[:5])} exceed float16's {limit:g}; keep float32.")
     folder = Path(folder)
-    model.half().save_pretrained(folder)
-    DepictImageProcessor.from_pretrained(source).save_pretrained(folder)
-    for path in folder.glob("*.py"):
-        path.unlink()
-    for path in folder.glob("*.json"):
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        settings.pop("auto_map", None)
-        # How weights are stored says nothing about how to compute: transformers would load, and fine-tune, in float16.
-        settings |= {"dtype": "float32"} if "dtype" in settings else {}
-        # Where the backbone's weights once lay is of no use elsewhere.
-        (settings.get("backbone_config") or {}).pop("_name_or_path", None)
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Beside what it will replace, so that moving is renaming.
+    with tempfile.TemporaryDirectory(dir=folder) as fresh:
+        model.half().save_pretrained(fresh)
+        DepictImageProcessor.from_pretrained(source).save_pretrained(fresh)
+        for path in sorted(Path(fresh).iterdir()):
+            if path.suffix == ".py":
+                continue
+            if path.suffix == ".json":
+                _remove_traces(path)
+            path.replace(folder / path.name)
+
+
+def _remove_traces(path: Path) -> None:
+    """Remove from a settings file what refers to code beside it, and where the backbone's weights once lay."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings.pop("auto_map", None)
+    (settings.get("backbone_config") or {}).pop("_name_or_path", None)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,6 @@ from pathlib import Path
 from accelerate import PartialState
 
 from depict_hf.configuration_depict import IGNORE_LABEL
-from depict_hf.loading import load_model
 
 from .evaluation import (
     CORRUPTIONS,
@@ -30,6 +29,7 @@ from .evaluation import (
     evaluate,
     evaluate_under,
     load_samples,
+    load_with_overrides,
     parse_corruptions,
     render_table,
     save_sheet,
@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict:
     sheet = check_sheet(arguments.contact_sheet)
     if arguments.metric == "evaluate" and state.num_processes > 1:
         raise ValueError("--metric evaluate keeps every label map in one process; run it without a launcher.")
-    model, image_processor = load_model(arguments.model, state.device, arguments.dtype, arguments.backend)
+    model, image_processor = load_with_overrides(arguments, arguments.model, state)
     names = class_names(model.config)
     samples = load_samples(arguments, names, bool(image_processor.do_reduce_labels), state)
     metric = None

@@ -142,6 +142,12 @@ class EvaluationSection(Section):
     final_size: int | None = setting(
         "`size` of the trained model's image processor; that of training if none.", None, least=1
     )
+    final_long_side_factor: float | None = setting(
+        "The trained model's image processor bounds the longer side at this times the shorter one's `size`; not if "
+        "none.",
+        None,
+        least=1,
+    )
     evaluate_every_epochs: int = setting("Epochs between evaluations on the validation split.", 1, least=1)
     sample_pictures: int = setting(
         "Validation images that each evaluation writes pictures of, to `samples/`.", 4, least=0

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from depict_hf.conversion import PUBLISHED_SIZES, published_protocol
 from depict_hf.labels import class_names
 
 from .recipe import DataSection, EvaluationSection, HardwareSection, ModelSection, OptimizationSection, Recipe
@@ -94,13 +95,20 @@ def camvid_dinov2_small_finetuned(decoder_type: str) -> Recipe:
 
 
 def _paper(
-    name: str, decoder_type: str, encoder: str, data: DataSection, optimization: OptimizationSection, **evaluation: int
+    name: str,
+    decoder_type: str,
+    encoder: str,
+    dataset: str,
+    data: DataSection,
+    optimization: OptimizationSection,
+    **evaluation: int,
 ) -> Recipe:
-    """What all rows of the paper share.
+    """What all rows of the paper share; the trained model is evaluated as the published figures were made.
 
     Source:
         segm/config.yml, segm/train.py and segm/eval/miou.py in rstrudel/segmenter@20d1bfa, which DEPICT trains with.
     """
+    protocol = published_protocol(dataset, data.crop_size)
     return Recipe(
         name=f"{name}_{decoder_type}",
         data=data,
@@ -112,14 +120,25 @@ def _paper(
             decoder_type=decoder_type,
         ),
         optimization=optimization,
-        evaluation=EvaluationSection(window_size=data.crop_size, final_window_stride=data.crop_size - 32, **evaluation),
+        evaluation=EvaluationSection(
+            window_size=protocol["window_size"],
+            final_window_stride=protocol["window_stride"],
+            final_size=protocol["size"]["shortest_edge"],
+            final_long_side_factor=protocol["size"]["longest_edge"] / protocol["size"]["shortest_edge"],
+            **evaluation,
+        ),
         hardware=HardwareSection(num_workers=10),
     )
 
 
-def _paper_data(dataset: str, **fields: Any) -> DataSection:
-    # The test labels of all three data sets are withheld.
-    return DataSection(class_names=tuple(class_names(dataset)), test_split="validation", **fields)
+def _paper_data(dataset: str, crop_size: int, **fields: Any) -> DataSection:
+    size, long_side_factor = PUBLISHED_SIZES[dataset]
+    return DataSection(
+        class_names=tuple(class_names(dataset)),
+        test_split="validation",  # the test labels of all three data sets are withheld
+        crop_size=crop_size,
+        **{"size": size, "long_side_factor": float(long_side_factor), **fields},
+    )
 
 
 def _paper_optimization(**fields: Any) -> OptimizationSection:
@@ -132,7 +151,8 @@ def _ade20k(size: str, decoder_type: str, image_size: int = 512) -> Recipe:
         f"ade20k_vit_{size}{suffix}",
         decoder_type,
         f"vit_{size}_patch16_384",
-        _paper_data("ade20k", reduce_labels=True, size=image_size, crop_size=image_size, long_side_factor=4.0),
+        "ade20k",
+        _paper_data("ade20k", image_size, size=image_size, reduce_labels=True),
         _paper_optimization(epochs=64, batch_size=8, learning_rate=0.001),
         window_stride=image_size,
         evaluate_every_epochs=2,
@@ -184,7 +204,8 @@ def pascal_context_vit_large(decoder_type: str) -> Recipe:
         "pascal_context_vit_large",
         decoder_type,
         "vit_large_patch16_384",
-        _paper_data("pascal_context", size=520, crop_size=480, long_side_factor=8.0),
+        "pascal_context",
+        _paper_data("pascal_context", crop_size=480),
         _paper_optimization(epochs=256, batch_size=16, learning_rate=0.001),
         window_stride=320,
         evaluate_every_epochs=8,
@@ -202,7 +223,8 @@ def cityscapes_vit_large(decoder_type: str) -> Recipe:
         "cityscapes_vit_large",
         decoder_type,
         "vit_large_patch16_384",
-        _paper_data("cityscapes", size=1024, crop_size=768, long_side_factor=2.0),
+        "cityscapes",
+        _paper_data("cityscapes", crop_size=768),
         _paper_optimization(epochs=216, batch_size=8, learning_rate=0.01),
         window_stride=512,
         evaluate_every_epochs=4,

@@ -385,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def save_trained(
     recipe: Recipe, trainer: SegmentationTrainer, model: DepictForSemanticSegmentation, output: Path
 ) -> None:
-    """Write the trained model and its image processor, at the final size and stride, once for all processes."""
+    """Write the trained model and its image processor, with the final protocol, once for all processes."""
     weights = trainer.finish()
     if not trainer.is_world_process_zero():
         return
@@ -393,9 +393,12 @@ def save_trained(
     if weights is not None:
         model = DepictForSemanticSegmentation(model.config)
         model.load_state_dict(weights)
-    model.config.window_stride = recipe.evaluation.final_window_stride or recipe.evaluation.window_stride
+    final = recipe.evaluation
+    model.config.window_stride = final.final_window_stride or final.window_stride
     model.eval().save_pretrained(output)
-    trainer.processing_class.size = {"shortest_edge": recipe.evaluation.final_size or recipe.data.size}
+    size = final.final_size or recipe.data.size
+    bound = {"longest_edge": int(final.final_long_side_factor * size)} if final.final_long_side_factor else {}
+    trainer.processing_class.size = {"shortest_edge": size, **bound}
     trainer.processing_class.save_pretrained(output)
 
 

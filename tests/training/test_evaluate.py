@@ -150,6 +150,39 @@ def test_scales_flips_corruption_and_a_part_of_the_split(loaded):
     assert record["num_images"] == 3
 
 
+def test_overrides_of_the_protocol(loaded, model_folder, dataset_folder, tmp_path, monkeypatch):
+    """The record says what was done, and its figures are those of a model that was saved so."""
+    passes = []
+    monkeypatch.setattr(evaluation, "segment", lambda *args: (passes.append(args[5]), segment(*args))[1])
+    options = ["--size", 48, "--window-size", 40, "--window-stride", 24, "--max-batch-pixels", 1600]
+    output = tmp_path / "record.json"
+    assert run_command(model_folder, dataset_folder, *options, "--output", output) == 0
+    record = json.loads(output.read_text())
+    read = record["protocol"]
+    assert (read["size"], read["window_size"], read["window_stride"]) == ({"shortest_edge": 48}, 40, 24)
+    assert set(passes) == {1600}
+    built = tiny_model("sa", window_size=40, window_stride=24), DepictImageProcessor(size={"shortest_edge": 48})
+    expected = count_alone((*built, loaded[2]), range(5))
+    assert record["mean_iou"] == pytest.approx(expected["mean_iou"], abs=2e-3)
+    assert record["mean_iou"] != pytest.approx(count_alone(loaded, range(5))["mean_iou"], abs=2e-3)
+
+    assert run_command(model_folder, dataset_folder, "--window-size", "none", "--output", output) == 0
+    assert json.loads(output.read_text())["protocol"]["window_size"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--window-stride", 8], "Got window_stride=8 for whole images; give a window_size"),
+        (["--window-size", 16, "--window-stride", 24], "larger than the window_size of 16"),
+        (["--max-batch-pixels", 0], "Got --max-batch-pixels 0, needed at least 1"),
+    ],
+)
+def test_overrides_that_do_not_fit(model_folder, dataset_folder, capsys, options, message):
+    assert run_command(model_folder, dataset_folder, *options) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_parts_are_evenly_spaced():
     assert spread(5, None) == spread(5, 9) == [0, 1, 2, 3, 4]
     assert spread(233, 4) == [0, 58, 116, 174]

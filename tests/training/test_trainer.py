@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -14,8 +15,8 @@ from conftest import tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
-from depict_hf.conversion import convert_checkpoint
+from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf.conversion import convert_checkpoint, published_normalization
 from depict_hf.inference import segment
 from training import evaluate, train
 from training.evaluation.metrics import MeanIoU
@@ -283,7 +284,7 @@ def test_a_row_of_the_paper_trains_from_timm_weights(dataset_folder, tmp_path):
     save_file(source, tmp_path / "timm.safetensors")
     fields = [each for each in FIELDS if not each.startswith(("window_stride", "cache_features", "warmup"))]
     fields = [each.replace("28", "32") for each in fields]
-    fields += ["reduce_labels=false", "window_stride=32", "final_window_stride=16"]
+    fields += ["reduce_labels=false", "window_stride=32", "final_window_stride=16", "final_size=36"]
     recipe = get_recipe("ade20k_vit_tiny_sa").override([*fields, f"backbone={tmp_path / 'timm.safetensors'}"])
     model = train.build_model(recipe)
     assert torch.equal(model.encoder.layers[11].mlp.fc2.weight, source["blocks.11.mlp.fc2.weight"])
@@ -295,6 +296,33 @@ def test_a_row_of_the_paper_trains_from_timm_weights(dataset_folder, tmp_path):
     trained = DepictForSemanticSegmentation.from_pretrained(output)
     assert not torch.equal(trained.encoder.layers[11].mlp.fc2.weight, source["blocks.11.mlp.fc2.weight"])
     assert (trained.config.window_size, trained.config.window_stride) == (32, 16)
+    # The longer side is bounded as in the paper, at 4 times the shorter one.
+    assert dict(DepictImageProcessor.from_pretrained(output).size) == {"shortest_edge": 36, "longest_edge": 144}
+
+
+@pytest.mark.parametrize(
+    ("row", "window_size", "window_stride", "size"),
+    [
+        *[(f"ade20k_vit_{size}", 512, 480, (512, 2048)) for size in ("tiny", "small", "base")],
+        ("ade20k_vit_large_640", 640, 608, (512, 2048)),  # trained on 640, read at 512
+        ("pascal_context_vit_large", 480, 448, (520, 4160)),
+        ("cityscapes_vit_large", 768, 736, (1024, 2048)),
+    ],
+)
+@pytest.mark.parametrize("decoder_type", ["sa", "ca", "mask_transformer"])
+def test_trained_rows_of_the_paper_carry_its_protocol(tmp_path, row, window_size, window_stride, size, decoder_type):
+    """segm/eval/miou.py, segm/config.yml and segm/data/config/*.py in rstrudel/segmenter@20d1bfa."""
+    recipe = get_recipe(f"{row}_{decoder_type}")
+    model = tiny_model(window_size=recipe.evaluation.window_size, window_stride=recipe.evaluation.window_stride)
+    trainer = SimpleNamespace(
+        finish=lambda: None, is_world_process_zero=lambda: True, processing_class=train.build_image_processor(recipe)
+    )
+    train.save_trained(recipe, trainer, model, tmp_path)
+    config = DepictConfig.from_pretrained(tmp_path)
+    image_processor = DepictImageProcessor.from_pretrained(tmp_path)
+    assert (config.window_size, config.window_stride) == (window_size, window_stride)
+    assert dict(image_processor.size) == dict(zip(("shortest_edge", "longest_edge"), size, strict=True))
+    assert list(image_processor.image_mean) == list(image_processor.image_std) == published_normalization("vit")[0]
 
 
 @pytest.mark.parametrize("frozen", [True, False])

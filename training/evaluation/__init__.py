@@ -1,6 +1,6 @@
 """Data set-level mIoU, corrupted photographs, worst images, pictures, measurements, and records of all of these."""
 
-from .arguments import add_data_arguments, load_samples, settings, start_processes
+from .arguments import add_data_arguments, load_samples, load_with_overrides, settings, start_processes
 from .corruptions import CORRUPTIONS, SEVERITIES, Corruption, parse_corruptions
 from .evaluate_split import Execution, Observer, Protocol, evaluate, evaluate_under, spread, under_corruption
 from .measurement import count_flops, interleaved_seconds, log_slope, matrix_product, peak_extra_bytes
@@ -31,6 +31,7 @@ __all__ = [
     "interleaved_seconds",
     "largest_difference",
     "load_samples",
+    "load_with_overrides",
     "log_slope",
     "matrix_product",
     "parse_corruptions",

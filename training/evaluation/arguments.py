@@ -3,15 +3,21 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from depict_hf.loading import BACKENDS, DTYPES
+from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf.inference import MAX_BATCH_PIXELS
+from depict_hf.loading import BACKENDS, DTYPES, load_model, override_protocol, parse_window_size
 
 from ..data import SegmentationDataset, load_dataset_splits, open_samples
 from .evaluate_split import Execution, Protocol
+
+if TYPE_CHECKING:
+    from depict_hf.onnx_backend import OnnxModel
 
 
 def start_processes() -> PartialState:
@@ -20,7 +26,7 @@ def start_processes() -> PartialState:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every command that evaluates has; `settings` and `load_samples` read them."""
+    """Add the options that every command that evaluates has; the other functions here read them."""
     parser.add_argument("dataset", help="Hub name, or local folder (see training.data.load_dataset_splits)")
     parser.add_argument("--split", default="test")
     parser.add_argument("--max-images", type=int, metavar="N", help="only so many, evenly spaced over the split")
@@ -36,6 +42,23 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes relative to the model's own")
     parser.add_argument("--flip", action="store_true", help="average with the mirror image")
+    parser.add_argument("--size", type=int, metavar="N", help="pixels of the shorter side; default: the model's own")
+    parser.add_argument(
+        "--window-size",
+        type=parse_window_size,
+        metavar="N|none",
+        help="side of windows in pixels, none for whole images; default: the model's own",
+    )
+    parser.add_argument(
+        "--window-stride", type=int, metavar="N", help="pixels from window to window; default: the model's overlap"
+    )
+    parser.add_argument(
+        "--max-batch-pixels",
+        type=int,
+        default=MAX_BATCH_PIXELS,
+        metavar="N",
+        help="of the images or windows that share a forward pass; bounds the memory (%(default)s)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and computation (%(default)s)")
     parser.add_argument(
         "--backend", choices=BACKENDS, default="pytorch", help="onnxruntime: the model is a folder of `depict export`"
@@ -51,12 +74,25 @@ def settings(arguments: argparse.Namespace, state: PartialState) -> tuple[Protoc
     Raises:
         ValueError: If a number is out of its range.
     """
-    for name, least in (("batch_size", 1), ("workers", 0)):
+    for name, least in (("batch_size", 1), ("workers", 0), ("max_batch_pixels", 1)):
         if getattr(arguments, name) < least:
             option = name.replace("_", "-")
             raise ValueError(f"Got --{option} {getattr(arguments, name)}, needed at least {least}.")
     protocol = Protocol(tuple(arguments.scales), arguments.flip, max_images=arguments.max_images)
-    return protocol, Execution(arguments.batch_size, arguments.workers, state)
+    return protocol, Execution(arguments.batch_size, arguments.workers, state, arguments.max_batch_pixels)
+
+
+def load_with_overrides(
+    arguments: argparse.Namespace, name: str, state: PartialState
+) -> tuple["DepictForSemanticSegmentation | OnnxModel", DepictImageProcessor]:
+    """Load a model and its image processor, with size and windows as the arguments of `add_data_arguments` say.
+
+    Raises:
+        OSError, ValueError, ImportError: As `load_model`; ValueError also as `override_protocol`.
+    """
+    model, image_processor = load_model(name, state.device, arguments.dtype, arguments.backend)
+    override_protocol(model, image_processor, arguments.size, arguments.window_size, arguments.window_stride)
+    return model, image_processor
 
 
 def load_samples(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.configuration_depict import IGNORE_LABEL
-from depict_hf.inference import segment
+from depict_hf.inference import MAX_BATCH_PIXELS, segment
 
 from ..data import SegmentationDataset
 from .corruptions import Corruption
@@ -51,11 +51,13 @@ class Execution:
         batch_size_images: Photographs that are segmented together.
         num_workers: Processes that read and decode; with 0, the evaluating process does.
         state: Of the processes that share the images; None evaluates all of them in this one.
+        max_batch_pixels: As for `depict_hf.inference.segment`.
     """
 
     batch_size_images: int = 4
     num_workers: int = 0
     state: PartialState | None = None
+    max_batch_pixels: int = MAX_BATCH_PIXELS
 
 
 def evaluate(
@@ -191,7 +193,9 @@ def _count(
                 raise item
         begin = time.perf_counter()
         photos = [image.permute(1, 2, 0).numpy() for _, image, _ in batch]
-        predictions = segment(model, image_processor, photos, protocol.scales, protocol.flip)
+        predictions = segment(
+            model, image_processor, photos, protocol.scales, protocol.flip, execution.max_batch_pixels
+        )
         wait_for(device)
         segmented = time.perf_counter()
         pairs = [

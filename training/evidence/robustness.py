@@ -8,14 +8,13 @@ from statistics import fmean
 
 from accelerate import PartialState
 
-from depict_hf.loading import load_model
-
 from ..evaluation import (
     Corruption,
     Observer,
     class_names,
     evaluate_under,
     load_samples,
+    load_with_overrides,
     percent,
     settings,
 )
@@ -39,7 +38,7 @@ def compare_models(arguments: argparse.Namespace, corruptions: Sequence[Corrupti
     protocol, execution = settings(arguments, state)
     names, records = None, {}
     for name in arguments.models:
-        model, image_processor = load_model(name, state.device, arguments.dtype, arguments.backend)
+        model, image_processor = load_with_overrides(arguments, name, state)
         own_names = class_names(model.config)
         if names not in (None, own_names):
             raise ValueError(f"{name} and {arguments.models[0]} have different classes, needed the same.")

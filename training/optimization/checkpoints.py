@@ -27,6 +27,7 @@ FREE_FIELDS = (
     "test_split",
     "final_window_stride",
     "final_size",
+    "final_long_side_factor",
 )
 
 
