@@ -40,13 +40,16 @@ def save_half_precision(source: str | Path, folder: str | Path) -> None:
             if path.suffix == ".py":
                 continue
             if path.suffix == ".json":
-                _remove_traces(path)
+                _make_portable(path)
             path.replace(folder / path.name)
 
 
-def _remove_traces(path: Path) -> None:
-    """Remove from a settings file what refers to code beside it, and where the backbone's weights once lay."""
+def _make_portable(path: Path) -> None:
+    """Rewrite a settings file without what refers to its surroundings."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings.pop("auto_map", None)
+    # How weights are stored says nothing about how to compute: transformers would load, and fine-tune, in float16.
+    settings |= {"dtype": "float32"} if "dtype" in settings else {}
+    # Where the backbone's weights once lay is of no use elsewhere.
     (settings.get("backbone_config") or {}).pop("_name_or_path", None)
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

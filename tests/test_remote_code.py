@@ -1,8 +1,11 @@
 """Saved models in transformers' own tools: pipelines, with the package and, as remote code, without it."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -87,3 +90,96 @@ def test_masks_equal_the_processors_own(folder, tmp_path):
     [expected] = processor.post_process_semantic_segmentation(outputs, target_sizes=[(40, 60)])
     ids = np.unique(expected.numpy())
     assert np.array_equal(ids[maps["wide"] - 1], expected.numpy())
+
+
+QUESTION = "[y/N]"
+COMMIT = "0123456789" * 4
+LOAD = """
+import sys
+installed, trust = sys.argv[1] == "installed", sys.argv[2] == "trusted" or None
+if installed:
+    import depict_hf
+else:
+    class Hidden:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "depict_hf":
+                raise ModuleNotFoundError(name)
+    sys.meta_path.insert(0, Hidden())
+from transformers import AutoImageProcessor, AutoProcessor, pipeline
+
+for name in sys.argv[3:]:
+    segmenter = pipeline("image-segmentation", model=name, trust_remote_code=trust)
+    processors = [kind.from_pretrained(name, trust_remote_code=trust) for kind in (AutoImageProcessor, AutoProcessor)]
+    for each in (segmenter.model, segmenter.image_processor, *processors):
+        print("LOADED", type(each).__module__.partition(".")[0], type(each).__name__)
+"""
+CLASSES = ["DepictForSemanticSegmentation", *["DepictImageProcessor"] * 3]
+
+
+@pytest.fixture(scope="module")
+def hub_name(folder, tmp_path_factory):
+    """The folder as a repository that was pulled from the Hub: its cache, and its name there."""
+    repository = tmp_path_factory.mktemp("hub") / "models--me--depict"
+    shutil.copytree(folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return repository.parent, "me/depict"
+
+
+def load_in_terminal(arguments: list[str], cache: Path, modules: Path, terminal: bool) -> tuple[int, str]:
+    """Exit code and all that is printed; on a terminal, a question is answered with no."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "HF_MODULES_CACHE": str(modules)}
+    command = [sys.executable, "-c", LOAD, *arguments]
+    if not terminal:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        result = subprocess.run(command, **streams, text=True, env=environment, timeout=300)
+        return result.returncode, result.stdout
+    pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+    controller, terminal_end = pty.openpty()
+    process = subprocess.Popen(
+        command, stdin=terminal_end, stdout=terminal_end, stderr=terminal_end, env=environment, start_new_session=True
+    )
+    os.close(terminal_end)
+    printed, answered = b"", False
+    while True:
+        try:
+            part = os.read(controller, 2**16)
+        except OSError:  # how Linux says that the other end is closed
+            part = b""
+        if not part:
+            break
+        printed += part
+        if QUESTION.encode() in printed and not answered:
+            answered = True
+            os.write(controller, b"n\n")
+    os.close(controller)
+    return process.wait(timeout=300), printed.decode()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+class TestQuestions:
+    """Of a folder, and of the same as it is pulled from the Hub."""
+
+    @pytest.fixture
+    def load(self, folder, hub_name, tmp_path, terminal):
+        cache, name = hub_name
+        return lambda package, trust: load_in_terminal(
+            [package, trust, str(folder), name], cache, tmp_path / "modules", terminal
+        )
+
+    def test_nothing_is_asked_where_the_package_is_imported(self, load):
+        """transformers looks for a video processor, too, and takes the code of the image processor for one."""
+        code, printed = load("installed", "default")
+        assert QUESTION not in printed and code == 0, printed
+        assert re.findall(r"LOADED depict_hf (\w+)", printed) == 2 * CLASSES
+
+    def test_trusted_code_loads_without_the_package(self, load):
+        code, printed = load("missing", "trusted")
+        assert QUESTION not in printed and code == 0, printed
+        assert re.findall(r"LOADED transformers_modules (\w+)", printed) == 2 * CLASSES
+
+    def test_without_package_and_trust_transformers_refuses(self, load):
+        """On a terminal transformers itself asks before that, here about the model's own code."""
+        code, printed = load("missing", "default")
+        assert code == 1 and "LOADED" not in printed
+        assert "Please pass the argument `trust_remote_code=True` to allow custom code to be run." in printed
