@@ -148,11 +148,9 @@ def _write_pictures(photo, segmentation, overlay_path: Path, labels_path: Path, 
 def convert_published(args: argparse.Namespace) -> int:
     """Convert a checkpoint of the authors of DEPICT or Segmenter and save it, and upload it if asked."""
     from .conversion import convert_with_report
-    from .labels import read_class_names
 
     _check_empty(args.output)
-    names = read_class_names(args.class_names) if args.class_names else None
-    conversion = convert_with_report(args.checkpoint, args.variant, args.protocol, args.im_size, names)
+    conversion = convert_with_report(args.checkpoint, args.variant, args.protocol, args.im_size, args.class_names)
     model, image_processor = conversion.model, conversion.image_processor
     model.save_pretrained(args.output)
     image_processor.save_pretrained(args.output)

@@ -11,6 +11,7 @@ from .configuration_depict import DepictConfig
 from .encoder_weights import load_encoder, load_exactly, read_weights
 from .image_processing_depict import DepictImageProcessor
 from .labels import class_names as class_names_of
+from .labels import read_class_names
 from .modeling_depict import DepictForSemanticSegmentation
 from .published_files import config_fields, count_classes, read_checkpoint, read_variant, rename_parameters
 
@@ -70,7 +71,7 @@ def convert_checkpoint(
     variant: str | Path | None = None,
     protocol: str = "published",
     im_size: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | str | Path | None = None,
 ) -> tuple[DepictForSemanticSegmentation, DepictImageProcessor]:
     """Read a model that the authors of DEPICT or of Segmenter published, or that their code trained.
 
@@ -85,8 +86,9 @@ def convert_checkpoint(
             not in `PUBLISHED_SIZES`, the sizes are the variant's own, which is logged. "training": as validation
             during training was, by the variant's `inference_kwargs`, with means and deviations that are not rounded.
         im_size: Pixels of the shorter side, instead of the protocol's; the bound of the longer side moves along.
-        class_names: One for each class, in the order of their ids; by default those of the data set that the variant
-            names, where their count fits.
+        class_names: One for each class, in the order of their ids, or the path of a file of them as
+            `labels.read_class_names` reads; by default those of the data set that the variant names, where their count
+            fits.
 
     Returns:
         The model in evaluation mode, float32, and its image processor; both are ready for `save_pretrained`, and carry
@@ -111,7 +113,7 @@ def convert_with_report(
     variant: str | Path | None = None,
     protocol: str = "published",
     im_size: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | str | Path | None = None,
 ) -> Conversion:
     """As `convert_checkpoint`, with an account of what was done."""
     checkpoint = Path(checkpoint)
@@ -134,12 +136,12 @@ def convert_with_report(
     dataset = _dataset(settings, num_labels)
     labels, names_from = _label_fields(num_labels, dataset, class_names)
     reading, protocol_from, warning = _reading(settings, dataset, protocol, im_size)
-    image_processor = _image_processor_from(settings, reading.pop("size"), rounded=protocol == "published")
+    size = reading.pop("size")
+    image_processor = _image_processor_from(settings, size, rounded=protocol == "published")
     config = DepictConfig(**fields, **reading, **labels)
     model = DepictForSemanticSegmentation(config)
     load_exactly(model, rename_parameters(state_dict))
 
-    size = {name: side for name, side in dict(image_processor.size).items() if side is not None}
     dropped = sorted(name for name in state_dict if not rename_parameters({name: state_dict[name]}))
     report = (
         f"decoder {config.decoder_type}, {num_labels} classes, {model.num_parameters() / 1e6:.1f} million parameters, "
@@ -217,13 +219,15 @@ def _dataset(settings: dict, num_labels: int) -> str | None:
     return next((name for name in PUBLISHED_SIZES if len(class_names_of(name)) == num_labels), None)
 
 
-def _label_fields(num_labels: int, dataset: str | None, names: Sequence[str] | None) -> tuple[dict, str]:
+def _label_fields(num_labels: int, dataset: str | None, names: Sequence[str] | str | Path | None) -> tuple[dict, str]:
     """Fields of the configuration on the classes, and where their names are from."""
     origin = "given"
-    if names is None and dataset in PUBLISHED_SIZES and len(class_names_of(dataset)) == num_labels:
+    if isinstance(names, (str, Path)):
+        names, origin = read_class_names(Path(names)), f"read from {names}"
+    elif names is None and dataset in PUBLISHED_SIZES and len(class_names_of(dataset)) == num_labels:
         names, origin = class_names_of(dataset), f"those of {dataset}"
     if names is None:
-        return {"num_labels": num_labels}, f"none for {num_labels} classes of the data set {dataset}; give them"
+        return {"num_labels": num_labels}, f"none known for {num_labels} classes of the data set {dataset}"
     if len(names) != num_labels or len(set(names)) != len(names):
         raise ValueError(
             f"Got {len(names)} class names, {len(set(names))} of them different, for a model of {num_labels} classes; "

@@ -233,3 +233,32 @@ def test_help_and_version_come_at_once(command, tmp_path):
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
     assert time.monotonic() - began < 1
     assert "depict" in result.stdout
+
+
+@pytest.mark.parametrize(("suffix", "write"), [(".txt", "\n".join), (".json", lambda names: json.dumps(names))])
+def test_convert_says_what_it_did(tmp_path, capsys, suffix, write):
+    names = [f"kind {index}" for index in range(9)]
+    (tmp_path / f"names{suffix}").write_text(write(names))
+    arguments = [str(PUBLISHED / "ca_vit"), str(tmp_path / "out"), "--class-names", str(tmp_path / f"names{suffix}")]
+    assert main(["convert", *arguments, "--im-size", "96"]) == 0
+    printed = capsys.readouterr()
+    for text in (
+        "decoder ca, 9 classes",
+        f"class names: read from {tmp_path / f'names{suffix}'}",
+        "encoder: vit_tiny_patch16_384, 2 layers of width 48, patches of 16 pixels",
+        "protocol: published, from the settings published for ade20k",
+        "size {'shortest_edge': 96, 'longest_edge': 384}, window_size 64, window_stride 32",
+        "parameters dropped: encoder.head.bias, encoder.head.weight",
+    ):
+        assert text in printed.out
+    assert printed.err.count("depict:") == 0
+    config = DepictForSemanticSegmentation.from_pretrained(tmp_path / "out").config
+    assert config.id2label == dict(enumerate(names))
+
+
+def test_convert_warns_of_a_data_set_without_published_figures(tmp_path, capsys):
+    text = (PUBLISHED / "ca_vit" / "variant.yml").read_text()
+    (tmp_path / "other.yml").write_text(text.replace("dataset: ade20k", "dataset: kitti"))
+    arguments = [str(PUBLISHED / "ca_vit"), str(tmp_path / "out"), "--variant", str(tmp_path / "other.yml")]
+    assert main(["convert", *arguments]) == 0
+    assert capsys.readouterr().err.count("The data set kitti is none of those that the published figures are for") == 1

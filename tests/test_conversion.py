@@ -11,6 +11,7 @@ import io
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -184,6 +185,76 @@ def test_class_names_follow_dataset_and_count(tmp_path):
     assert (model.config.id2label[0], model.config.id2label[149], model.config.label2id["wall"]) == ("wall", "flag", 0)
     model, _ = convert_checkpoint(PUBLISHED / "segmenter_linear")
     assert model.config.id2label[5] == "LABEL_5"
+
+
+class TestOwnTraining:
+    """Files that others wrote with the published code: any number of classes, any epoch, any way to train."""
+
+    def snapshot(self, folder: Path, model, **extra) -> Path:
+        """As segm/train.py writes: beside the parameters the states of optimiser, schedule and, if any, loss scale."""
+        shutil.copy(PUBLISHED / "segmenter_linear" / "variant.yml", folder)
+        content = {"model": model, "n_cls": 6, "epoch": 63, **extra}
+        torch.save(content, folder / "checkpoint.pth")
+        return folder
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return read_checkpoint(PUBLISHED / "segmenter_linear" / "checkpoint.pth")
+
+    def test_a_later_epoch(self, tmp_path):
+        """SGD with momentum, a polynomial schedule that counted with numpy, and the scale of mixed precision."""
+        parameters = self.parameters()
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, nesterov=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 9)
+        for _ in range(3):
+            weight.sum().backward()
+            optimizer.step()
+            schedule.step()
+        numbers = {"rate": np.float64(0.01), "mean": np.float32(2.5), "steps": np.int64(7), "best": np.bool_(True)}
+        extra = {
+            "optimizer": optimizer.state_dict(),
+            "lr_scheduler": schedule.state_dict() | numbers,
+            "loss_scaler": torch.amp.GradScaler("cpu").state_dict(),
+        }
+        model, _ = convert_checkpoint(self.snapshot(tmp_path, parameters, **extra))
+        expected, _ = convert_checkpoint(PUBLISHED / "segmenter_linear")
+        for name, value in expected.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+
+    @pytest.mark.parametrize("old_format", [False, True])
+    def test_prefixes_of_parallel_training(self, tmp_path, old_format):
+        wrapped = {f"module.{name}": value for name, value in self.parameters().items()}
+        folder = self.snapshot(tmp_path, wrapped)
+        if old_format:
+            content = torch.load(folder / "checkpoint.pth", weights_only=True)
+            torch.save(content, folder / "checkpoint.pth", _use_new_zipfile_serialization=False)
+        assert read_checkpoint(folder / "checkpoint.pth").keys() == self.parameters().keys()
+        model, _ = convert_checkpoint(folder)
+        assert torch.equal(model.decoder.classifier.bias, self.parameters()["decoder.head.bias"])
+
+    @pytest.mark.parametrize("num_labels", [1, 2, 19, 300])
+    def test_any_number_of_classes(self, tmp_path, num_labels):
+        parameters = self.parameters()
+        parameters["decoder.head.weight"] = torch.randn(num_labels, 48, generator=torch.Generator().manual_seed(0))
+        parameters["decoder.head.bias"] = torch.zeros(num_labels)
+        names = [f"kind {index}" for index in range(num_labels)]
+        model, image_processor = convert_checkpoint(self.snapshot(tmp_path, parameters), im_size=64, class_names=names)
+        model.save_pretrained(tmp_path / "saved")
+        loaded = DepictForSemanticSegmentation.from_pretrained(tmp_path / "saved").eval()
+        assert loaded.config.id2label == dict(enumerate(names)) and loaded.config.num_labels == num_labels
+        [labels] = segment(loaded, image_processor, [np.random.default_rng(0).integers(0, 255, (64, 80, 3), np.uint8)])
+        assert labels.max() < num_labels and (num_labels == 1 or len(labels.unique()) > 1)
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (["a", "b"], "Got 2 class names, 2 of them different, for a model of 6 classes"),
+            (["a", "b", "c", "d", "e", "a"], "Got 6 class names, 5 of them different, for a model of 6 classes"),
+        ],
+    )
+    def test_names_that_do_not_fit(self, names, message):
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(PUBLISHED / "segmenter_linear", class_names=names)
 
 
 class TestEncoders:

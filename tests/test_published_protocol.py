@@ -4,6 +4,7 @@ The reference knows nothing of the converter or of `segment`: it has its own num
 float64, cuts window by window and keeps full-size probabilities. It shares the network only, one window at a time.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 import yaml
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
-from depict_hf.conversion import convert_checkpoint
+from depict_hf.conversion import convert_checkpoint, convert_with_report, published_protocol
 from depict_hf.inference import segment
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
@@ -158,3 +159,78 @@ def test_multi_scale(tmp_path, name, dataset, crop_size, size):
 def test_im_size_goes_before_the_table(tmp_path):
     folder = variant(tmp_path, "ca_vit")
     assert agreement(folder, tmp_path, photo(50, 450), (160, 640), 64, im_size=160) >= 0.9999
+
+
+class TestSettings:
+    """What a converted model carries, and what is said of it."""
+
+    @pytest.mark.parametrize(
+        ("dataset", "crop_size", "size", "stride"),
+        [
+            ("ade20k", 512, (512, 2048), 480),
+            ("ade20k", 640, (512, 2048), 608),
+            ("pascal_context", 480, (520, 4160), 448),
+            ("cityscapes", 768, (1024, 2048), 736),
+        ],
+    )
+    def test_table(self, dataset, crop_size, size, stride):
+        assert published_protocol(dataset, crop_size) == {
+            "size": {"shortest_edge": size[0], "longest_edge": size[1]},
+            "window_size": crop_size,
+            "window_stride": stride,
+        }
+
+    def test_the_table_refuses_what_it_does_not_know(self):
+        with pytest.raises(ValueError, match="Got dataset='coco', needed one of ade20k, pascal_context, cityscapes"):
+            published_protocol("coco", 512)
+        with pytest.raises(ValueError, match=r'crop_size=32, .* convert with protocol="training"'):
+            published_protocol("ade20k", 32)
+
+    def test_means_and_deviations_are_rounded_on_the_scale_of_255(self, tmp_path):
+        for name, kind in (("sa_deit_distilled", "deit"), ("ca_vit", "vit")):
+            _, image_processor = convert_checkpoint(variant(tmp_path, name))
+            mean, std = STATISTICS[kind]
+            assert (255 * np.array(image_processor.image_mean)).tolist() == pytest.approx(mean, abs=1e-12)
+            assert (255 * np.array(image_processor.image_std)).tolist() == pytest.approx(std, abs=1e-12)
+
+    def test_training_protocol_follows_inference_kwargs(self, tmp_path):
+        folder = variant(tmp_path, "ca_vit")
+        model, image_processor = convert_checkpoint(folder, protocol="training")
+        assert (model.config.window_size, model.config.window_stride) == (64, 48)
+        assert dict(image_processor.size) == {"shortest_edge": 80}
+        _, image_processor = convert_checkpoint(folder, protocol="training", im_size=96)
+        assert dict(image_processor.size) == {"shortest_edge": 96}
+
+    def test_another_data_set_gets_its_own_sizes_and_a_line(self, tmp_path, caplog):
+        folder = variant(tmp_path, "ca_vit", dataset="kitti")
+        with caplog.at_level(logging.WARNING, logger="depict_hf.conversion"):
+            model, image_processor = convert_checkpoint(folder)
+        assert (model.config.window_size, model.config.window_stride) == (64, 32)
+        assert dict(image_processor.size) == {"shortest_edge": 80}
+        assert "data set kitti is none of those" in caplog.text and "is not bounded" in caplog.text
+        _, image_processor = convert_checkpoint(folder, im_size=100)
+        assert dict(image_processor.size) == {"shortest_edge": 100}
+        caplog.clear()
+        convert_checkpoint(folder, protocol="training")
+        convert_checkpoint(variant(tmp_path / "known", "ca_vit"))
+        assert not caplog.text
+
+    def test_a_variant_without_a_data_set_is_known_by_its_classes(self, tmp_path):
+        for name, expected in (
+            ("cbsa", {"shortest_edge": 512, "longest_edge": 2048}),
+            ("ca_vit", {"shortest_edge": 80}),
+        ):
+            conversion = convert_with_report(variant(tmp_path, name, dataset=None))
+            assert dict(conversion.image_processor.size) == expected
+            assert (conversion.warning is None) == (name == "cbsa")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"protocol": "paper"}, "Got protocol='paper', needed one of published, training"),
+            ({"im_size": 0}, "Got im_size=0, needed a positive number"),
+        ],
+    )
+    def test_options_that_do_not_exist(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(PUBLISHED / "ca_vit", **options)
