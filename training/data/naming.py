@@ -53,13 +53,16 @@ def names_in_readme(folder: Path) -> tuple[str, ...] | None:
 
 
 def _numbered(text: str) -> tuple[str, ...] | None:
-    """The only list `0 NAME, 1 NAME, ...` in a text, of at least two names; None where there is none, or several."""
+    """The only list `0 NAME, 1 NAME, ...` in a text, of three names, or two after a colon; None where there is none.
+
+    None also where there are several.
+    """
     found = []
     for start in re.finditer(r"(?<![\w.,-])0[:=]? (?=[^\W\d])", text):
         names, place = [], start.start()
         while each := re.compile(rf"{len(names)}[:=]? ([^\W\d][^,;.|()0-9]*?)(, |; |\. |\.$|;|$)").match(text, place):
             names.append(each[1].strip())
             place = each.end()
-        if len(names) > 1:
+        if len(names) > (1 if text[: start.start()].rstrip().endswith(":") else 2):
             found.append(tuple(names))
     return found[0] if len(set(found)) == 1 else None

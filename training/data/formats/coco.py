@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from .found import Found, Tree, check_class_count, listed, refuse, split_of, words
-from .rendering import Drawing, content_key, render
+from .rendering import Drawing, content_key, render, state_key
 
 BACKGROUND_NAMES = ("background", "_background_", "__background__", "bg")
 # Files of other tasks beside those of segmentation; keypoints repeat the people among the instances.
@@ -202,8 +202,8 @@ def _panoptic(tree: Tree, sources: dict[str, tuple[Path, dict]], categories: dic
                 faults.append(f"{tree.relative(path)}: there is no {file}")
                 continue
             table = {each["id"]: classes.get(each["category_id"], -1) for each in annotation["segments_info"]}
-            dependencies = ("panoptic", key, str(file.stat().st_size), str(file.stat().st_mtime_ns), file.name)
-            drawings.append(Drawing(str(file), dependencies, partial(draw_panoptic, file, table)))
+            depends_on = ("panoptic", key, state_key(file))
+            drawings.append(Drawing(str(file), depends_on, partial(draw_panoptic, file, table)))
     refuse(faults, f"{len(faults)} panoptic PNGs are missing; add them:")
     drawn = iter(render(drawings))
     return Found(
@@ -241,10 +241,16 @@ def _panoptic_folder(tree: Tree, path: Path, content: dict) -> Path | None:
     if name is None:
         return None
     found = [file for file in tree.images_by_name.get(Path(name).name, []) if file.as_posix().endswith(f"/{name}")]
-    # Photographs may be PNGs of the same names.
-    best = [file for file in found if path.stem in file.parts or "panoptic" in " ".join(file.parts[-3:-1]).lower()]
-    chosen = best or [file for file in found if file.parent == path.parent] or found
-    return chosen[0].parents[len(Path(name).parts) - 1] if chosen else None
+    # Photographs may be PNGs of the same names, and other splits have such folders, too.
+    split = split_of(tree.relative(path).with_suffix("").parts)
+    for prefer in (
+        lambda file: path.stem in file.parts,
+        lambda file: "panoptic" in words(" ".join(tree.relative(file).parts[:-1])),
+        lambda file: split_of(tree.relative(file).parts[:-1]) == split,
+        lambda file: file.parent == path.parent,
+    ):
+        found = [file for file in found if prefer(file)] or found
+    return found[0].parents[len(Path(name).parts) - 1] if found else None
 
 
 def _photographs(tree: Tree, path: Path, content: dict, split: str) -> list[Path]:

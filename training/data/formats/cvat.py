@@ -6,13 +6,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..imagefolder import SPLIT_NAMES
 from .coco import BACKGROUND_NAMES, find_photograph
 from .found import Found, Tree, check_class_count, listed, refuse, split_of
-from .labelme import draw_shape
 from .rendering import Drawing, content_key, render
+from .shapes import inside_polygon, inside_rectangle, place_mask
 
 _AREAS = ("polygon", "mask", "box")
 
@@ -88,32 +87,36 @@ def _read(path: Path) -> ElementTree.Element | None:
 
 
 def _draw(image: ElementTree.Element, classes: dict[str, int]) -> np.ndarray:
-    labels = Image.new("L", (int(image.get("width", 0)), int(image.get("height", 0))), 0)
+    height, width = int(image.get("height", 0)), int(image.get("width", 0))
+    labels = np.zeros((height, width), dtype=np.uint8)
     shapes = sorted(image, key=lambda shape: int(shape.get("z_order", 0)))
     for number, shape in enumerate(each for each in shapes if each.tag in _AREAS):
-        label = classes[shape.get("label", "")]
         try:
-            if shape.tag == "polygon":
-                points = [tuple(map(float, point.split(","))) for point in shape.get("points", "").split(";")]
-                if len(points) < 3:
-                    raise ValueError(f"it has {len(points)} points, needed 3")
-                draw_shape(labels, "polygon", points, label)
-            elif shape.tag == "box":
-                left, top, right, bottom = (float(shape.get(side, "")) for side in ("xtl", "ytl", "xbr", "ybr"))
-                draw_shape(labels, "rectangle", [(left, top), (right, bottom)], label)
-            else:
-                corner = (int(float(shape.get("left", 0))), int(float(shape.get("top", 0))))
-                labels.paste(label, corner, _stencil(shape))
+            labels[_inside(shape, height, width)] = classes[shape.get("label", "")]
         except ValueError as error:
             raise ValueError(f"shape {number} ({shape.tag} {shape.get('label')}) cannot be drawn: {error}") from error
-    return np.array(labels)
+    return labels
 
 
-def _stencil(shape: ElementTree.Element) -> Image.Image:
-    """A mask's picture, 255 where it is: lengths of runs in rows of its box, the first of which is outside."""
+def _inside(shape: ElementTree.Element, height: int, width: int) -> np.ndarray:
+    """Pixels of one shape, bool `(height, width)`."""
+    if shape.tag == "box":
+        left, top, right, bottom = (float(shape.get(side, "")) for side in ("xtl", "ytl", "xbr", "ybr"))
+        return inside_rectangle([(left, top), (right, bottom)], height, width, float(shape.get("rotation", 0)))
+    if shape.tag == "polygon":
+        points = [point.split(",") for point in shape.get("points", "").split(";")]
+        if len(points) < 3:
+            raise ValueError(f"it has {len(points)} points, needed 3")
+        return inside_polygon([(float(x), float(y)) for x, y in points], height, width)
+    left, top = int(float(shape.get("left", 0))), int(float(shape.get("top", 0)))
+    return place_mask(_stencil(shape), left, top, height, width)
+
+
+def _stencil(shape: ElementTree.Element) -> np.ndarray:
+    """A mask in its own box: lengths of runs along its rows, the first of which is outside."""
     height, width = int(float(shape.get("height", 0))), int(float(shape.get("width", 0)))
     runs = [int(run) for run in shape.get("rle", "").split(",")]
     inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     if inside.size != height * width:
         raise ValueError(f"its run lengths give {inside.size} pixels, needed {height} x {width}")
-    return Image.fromarray(np.where(inside.reshape(height, width), np.uint8(255), np.uint8(0)))
+    return inside.reshape(height, width)

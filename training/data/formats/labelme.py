@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from .coco import BACKGROUND_NAMES, find_photograph
 from .found import Found, Tree, check_class_count, listed, refuse, split_of
 from .rendering import Drawing, cache_folder, content_key, render, write_whole
+from .shapes import inside_circle, inside_polygon, inside_rectangle, place_mask
 
 _AREAS = ("polygon", "rectangle", "circle", "mask")
 _IGNORED = "__ignore__"
@@ -137,47 +138,31 @@ def _draw(content: dict, classes: dict[str, int], photograph: Path) -> np.ndarra
     if not height or not width:
         with Image.open(photograph) as image:
             width, height = image.size
-    labels = Image.new("L", (width, height), 0)
+    labels = np.zeros((height, width), dtype=np.uint8)
     for number, shape in enumerate(content["shapes"]):
-        kind = shape.get("shape_type") or "polygon"
-        if kind not in _AREAS:
-            continue
-        points = [(float(x), float(y)) for x, y in shape.get("points", ())]
-        needed = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2}[kind]
-        if len(points) < needed:
-            raise ValueError(f"shape {number} ({kind} {shape['label']}) has {len(points)} points, needed {needed}")
-        draw_shape(labels, kind, points, classes[shape["label"]], shape.get("mask"))
-    return np.array(labels)
+        if (shape.get("shape_type") or "polygon") in _AREAS:
+            try:
+                labels[_inside(shape, height, width)] = classes[shape["label"]]
+            except (ValueError, TypeError, binascii.Error) as error:
+                raise ValueError(f"shape {number} ({shape['label']}) cannot be drawn: {error}") from error
+    return labels
 
 
-def draw_shape(
-    labels: Image.Image, kind: str, points: list[tuple[float, float]], label: int, mask: str | None = None
-) -> None:
-    """Draw one shape over a label map, in place.
-
-    Args:
-        labels: Of mode "L".
-        kind: "polygon", "rectangle" (two opposite corners), "circle" (its centre and a point on it), or "mask" (the
-            corners of a picture).
-        points: (x, y) in pixels.
-        label: What is drawn.
-        mask: That picture, PNG in base64, whose pixels above 0 are drawn.
-    """
-    painter = ImageDraw.Draw(labels)
+def _inside(shape: dict, height: int, width: int) -> np.ndarray:
+    """Pixels of one shape, bool `(height, width)`."""
+    kind = shape.get("shape_type") or "polygon"
+    points = [(float(x), float(y)) for x, y in shape.get("points", ())]
+    needed = 3 if kind == "polygon" else 2
+    if len(points) < needed:
+        raise ValueError(f"it has {len(points)} points, needed {needed}")
     if kind == "polygon":
-        painter.polygon(points, fill=label, outline=label)
-        return
-    (left, top), (right, bottom) = points[:2]
-    if kind == "circle":
-        radius = ((right - left) ** 2 + (bottom - top) ** 2) ** 0.5
-        painter.ellipse([left - radius, top - radius, left + radius, top + radius], fill=label, outline=label)
-        return
-    corner = (min(left, right), min(top, bottom))
+        return inside_polygon(points, height, width)
     if kind == "rectangle":
-        painter.rectangle([corner, (max(left, right), max(top, bottom))], fill=label, outline=label)
-        return
-    if mask is None:
-        raise ValueError("a shape of type mask has no picture")
-    with Image.open(io.BytesIO(base64.b64decode(mask))) as picture:
-        stencil = picture.convert("L").point(lambda value: 255 if value else 0)
-    labels.paste(label, (round(corner[0]), round(corner[1])), stencil)
+        # Later versions write all four corners.
+        (left, top), (right, bottom) = np.min(points, axis=0).tolist(), np.max(points, axis=0).tolist()
+        return inside_rectangle([(left, top), (right, bottom)], height, width)
+    if kind == "circle":
+        return inside_circle(points[0], points[1], height, width)
+    with Image.open(io.BytesIO(base64.b64decode(shape.get("mask") or ""))) as picture:
+        stencil = np.array(picture.convert("L")) > 0
+    return place_mask(stencil, round(points[0][0]), round(points[0][1]), height, width)
