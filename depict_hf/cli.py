@@ -1,25 +1,53 @@
-"""The command `depict`: segment photographs, convert published checkpoints, export models."""
+"""The command `depict`: segment photographs; train, evaluate, convert and export models."""
 
 import argparse
+import json
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+from .photographs import RESULT_SUFFIXES, Processes, find_photographs, standard_input
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 if all went well, 1 if a photograph could not be segmented, 2 if the command could not start.
+        0 if all went well, 1 if a photograph could not be segmented, 2 if the command could not start; for `train` and
+        `evaluate` what they return.
     """
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return args.command(args)
+        if argv and argv[0] in TRAINING_COMMANDS:
+            return _training_module(argv[0]).main(argv[1:])
+        args = _parser().parse_args(argv)
+        return COMMANDS[args.command].run(args)
     except (OSError, ValueError, ImportError) as error:
         print(f"depict: {error}", file=sys.stderr)
         return 2
+
+
+class Command(NamedTuple):
+    """One line of help, what adds the arguments, and what runs the command and returns the exit status."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="depict", description=__doc__)
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, command in COMMANDS.items():
+        command.add_arguments(subparsers.add_parser(name, help=command.help, description=command.run.__doc__))
+    for name, line in TRAINING_COMMANDS.items():
+        subparsers.add_parser(name, help=line)
+    return parser
 
 
 class _Version(argparse.Action):
@@ -38,111 +66,179 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="depict", description=__doc__)
-    parser.add_argument("--version", action=_Version, help="print the version and exit")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def _training_module(command: str):
+    """The module behind `train` or `evaluate`: part of an installed package, beside it in the repository.
 
-    segment = commands.add_parser("segment", help="label every pixel of photographs")
-    segment.set_defaults(command=segment_photos)
-    segment.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="image file, or folder of image files")
-    segment.add_argument(
-        "--model", default="default", help="folder, Hub name or 'default', the model shipped (%(default)s)"
+    Raises:
+        ImportError: If it is in neither place, or packages that it needs are missing.
+    """
+    for package in ("depict_hf.training", "training"):
+        try:
+            return import_module(f"{package}.{command}")
+        except ModuleNotFoundError as error:
+            if error.name not in (package, f"{package}.{command}"):
+                raise ImportError(f"{error}; `depict {command}` needs it: pip install 'depict-hf[train]'") from error
+    raise ImportError(f"`depict {command}` is not part of this installation; install depict-hf from its wheel.")
+
+
+def _segment_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "photos", nargs="+", type=Path, metavar="PHOTO", help="image file, folder of image files, or - for stdin"
     )
-    segment.add_argument("--output", type=Path, default=Path("segmented"), help="folder for results (%(default)s)")
-    segment.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes relative to the model's own")
-    segment.add_argument("--flip", action="store_true", help="average with the mirror image")
-    segment.add_argument("--alpha", type=float, default=0.5, help="weight of the colours in the overlay (%(default)s)")
-    segment.add_argument("--device", default="cpu", help="cpu, cuda, mps, ... (%(default)s)")
-    segment.add_argument(
+    parser.add_argument("--model", default="default", help="folder, Hub name or 'default' (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("segmented"), help="folder for results (%(default)s)")
+
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--format",
+        action="extend",
+        type=_kinds,
+        metavar="KIND[,KIND]",
+        help=f"{', '.join(RESULT_SUFFIXES)} (overlay,png): a picture with a legend; class ids as palette image, as "
+        "array, as COCO run lengths, as GeoJSON polygons",
+    )
+    results.add_argument(
+        "--classes", metavar="NAME[,NAME]", help="only these; all other pixels get no class, which is 255 in label maps"
+    )
+    results.add_argument("--json", action="store_true", help="print one line of JSON a photograph, and nothing else")
+    results.add_argument("--recursive", action="store_true", help="search sub-folders; results go to such folders too")
+    results.add_argument(
+        "--palette",
+        choices=("auto", "official", "distinct"),
+        default="auto",
+        help="the data set's colours, or distinct ones, for colour-blind people too (auto: official for the classes of "
+        "ADE20K, Cityscapes and Pascal Context, else distinct)",
+    )
+    results.add_argument("--alpha", type=float, default=0.5, help="weight of the colours in the overlay (%(default)s)")
+
+    protocol = parser.add_argument_group("protocol", "How photographs are read: as the model's files say, unless told.")
+    protocol.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes relative to the model's own")
+    protocol.add_argument("--flip", action="store_true", help="average with the mirror image")
+    protocol.add_argument("--size", type=int, metavar="N", help="pixels of the shorter side")
+    protocol.add_argument("--window-size", type=_window, metavar="N", help="pixels, or none for whole images")
+    protocol.add_argument("--window-stride", type=int, metavar="N", help="pixels from one window to the next")
+
+    execution = parser.add_argument_group("execution")
+    execution.add_argument("--max-batch-pixels", type=int, metavar="N", help="that share a pass; bounds the memory")
+    execution.add_argument("--device", default="auto", help="cpu, cuda, mps, xpu, ...; auto: cuda, mps or xpu if there")
+    execution.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="to compute in; bfloat16 is faster where processors know it (%(default)s)",
     )
-    segment.add_argument(
+    execution.add_argument(
         "--backend",
         choices=("pytorch", "onnxruntime"),
         default="pytorch",
         help="onnxruntime: --model is a folder made by `depict export` (%(default)s)",
     )
 
-    convert = commands.add_parser("convert", help="turn a published checkpoint.pth into a model folder")
-    convert.set_defaults(command=convert_published)
-    convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint.pth, or the folder with it")
-    convert.add_argument("output", type=Path, metavar="OUT", help="folder for the model; new or empty")
-    convert.add_argument("--variant", type=Path, help="variant.yml; default: the one beside the checkpoint")
-    convert.add_argument(
+
+def _kinds(text: str) -> list[str]:
+    kinds = [kind.strip() for kind in text.split(",")]
+    for kind in kinds:
+        if kind not in RESULT_SUFFIXES:
+            raise argparse.ArgumentTypeError(f"{kind!r} is none of {', '.join(RESULT_SUFFIXES)}")
+    return kinds
+
+
+def _window(text: str) -> int | str:
+    return text if text == "none" else int(text)
+
+
+def segment_photos(args: argparse.Namespace) -> int:
+    """Label every pixel of photographs, write pictures and label maps, and print the share of each class.
+
+    Processes started by `torchrun -m depict_hf segment ...` or `accelerate launch -m depict_hf segment ...` share the
+    photographs; together they write what one process writes.
+    """
+    processes = Processes.launched()
+    kinds = list(dict.fromkeys(args.format or ["overlay", "png"]))
+    with ExitStack() as stack:
+        if Path("-") in args.photos:
+            if processes.count > 1:
+                raise ValueError("Standard input cannot be shared by several processes; run without a launcher.")
+            piped = stack.enter_context(standard_input())
+            args.photos = [piped if path == Path("-") else path for path in args.photos]
+        photographs = find_photographs(args.photos, args.output, kinds, args.recursive)
+        share = processes.share(photographs)
+        num_failed = _segment(args, kinds, processes, share) if share else 0
+    return 1 if processes.total(num_failed) else 0
+
+
+def _segment(args: argparse.Namespace, kinds: list[str], processes: Processes, share: Sequence) -> int:
+    """Segment this process's photographs; returns how many could not be read."""
+    from tqdm import tqdm
+
+    from .familiarity import load_familiarity
+    from .inference import MAX_BATCH_PIXELS, segment_files
+    from .labels import find_classes
+    from .loading import fastest_device, load_model, model_source, override_protocol
+    from .results import ResultWriter, knowledge, table
+
+    device = args.device
+    if device == "auto":
+        device = fastest_device(processes.local_rank) if args.backend == "pytorch" else "cpu"
+    model, image_processor = load_model(args.model, device, args.dtype, args.backend)
+    override_protocol(model, image_processor, args.size, args.window_size, args.window_stride)
+    config = model.config
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    classes = None if args.classes is None else find_classes(args.classes, names)
+    # Exports hold no encoder of their own that could be asked.
+    familiarity = load_familiarity(model_source(args.model)) if args.backend == "pytorch" else None
+    writer = ResultWriter(config, kinds, classes, args.palette, args.alpha)
+    by_path = {each.path: each for each in share}
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    def finish(path: Path, photo, segmentation) -> dict:
+        record = writer.write(by_path[path], photo, segmentation)
+        return record | (familiarity.judge(model, image_processor, photo) if familiarity else {})
+
+    num_failed = 0
+    max_batch_pixels = MAX_BATCH_PIXELS if args.max_batch_pixels is None else args.max_batch_pixels
+    files = segment_files(model, image_processor, by_path, finish, args.scales, args.flip, max_batch_pixels)
+    progress = tqdm(files, total=len(share), disable=len(share) == 1 or processes.rank > 0, unit="photo")
+    last = time.monotonic()
+    for file in progress:
+        name = by_path[file.path].name
+        # One photograph that cannot be read must not lose the others.
+        if file.error is not None:
+            num_failed += 1
+            progress.write(f"depict: {name}: {file.error}", file=sys.stderr)
+            record = {"file": name, "error": str(file.error)}
+        else:
+            record = {"file": name, **file.result, "seconds": round(time.monotonic() - last, 3)}
+            if "warning" in record:
+                progress.write(f"depict: {name}: {record['warning']}", file=sys.stderr)
+        last = time.monotonic()
+        if args.json:
+            progress.write(json.dumps(record))
+            sys.stdout.flush()
+        elif file.error is None:
+            progress.write(f"{name} -> {', '.join(record['files'])}\n{table(record)}")
+    if processes.rank == 0:
+        print(knowledge(config), file=sys.stderr if args.json else sys.stdout)
+    return num_failed
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint.pth, or the folder with it")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder for the model; new or empty")
+    parser.add_argument("--variant", type=Path, help="variant.yml; default: the one beside the checkpoint")
+    parser.add_argument(
         "--protocol",
         choices=("published", "training"),
         default="published",
         help="sizes and windows of the published figures, or of validation during training (%(default)s)",
     )
-    convert.add_argument(
+    parser.add_argument(
         "--im-size", type=int, metavar="N", help="pixels of the shorter side, instead of the protocol's"
     )
-    convert.add_argument(
+    parser.add_argument(
         "--class-names", type=Path, metavar="FILE", help="names of the classes: .json, or .txt with one a line"
     )
-    convert.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to this repository")
-
-    export = commands.add_parser("export", help="write a model as a file that runs without this package")
-    export.set_defaults(command=export_file)
-    export.add_argument("model", metavar="MODEL", help="folder, Hub name or 'default'")
-    export.add_argument("output", type=Path, metavar="OUT", help="folder for the file; new or empty")
-    export.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="%(default)s by default")
-    export.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="fix the input in pixels, processed as one image; default: one window where the model has windows, else "
-        "any size (onnx) or any multiples of the patch (torch-export)",
-    )
-    export.add_argument("--labels", action="store_true", help="also output label maps, at the input's size")
-    export.add_argument("--int8", action="store_true", help="onnx: matrix products in 8-bit integers")
-    return parser
-
-
-def segment_photos(args: argparse.Namespace) -> int:
-    """Write an overlay with a legend and a palette image of class ids per photograph; print each class's share."""
-    from tqdm import tqdm
-
-    from .inference import segment_files
-    from .loading import load_model
-
-    paths = list(dict.fromkeys(_expand(args.photos)))
-    targets = dict(zip(paths, _targets(paths, args.output), strict=True))
-    model, image_processor = load_model(args.model, args.device, args.dtype, args.backend)
-    args.output.mkdir(parents=True, exist_ok=True)
-
-    def write(path: Path, photo, segmentation) -> str:
-        return _write_pictures(photo, segmentation, *targets[path], model.config, args.alpha)
-
-    num_failed = 0
-    files = segment_files(model, image_processor, paths, write, args.scales, args.flip)
-    progress = tqdm(files, total=len(paths), disable=len(paths) == 1, unit="photo")
-    for file in progress:
-        # One photograph that cannot be read must not lose the others.
-        if file.error is not None:
-            num_failed += 1
-            progress.write(f"depict: {file.path}: {file.error}", file=sys.stderr)
-            continue
-        overlay_path, labels_path = targets[file.path]
-        progress.write(f"{file.path} -> {overlay_path}, {labels_path}\n{file.result}")
-    return 1 if num_failed else 0
-
-
-def _write_pictures(photo, segmentation, overlay_path: Path, labels_path: Path, config, alpha: float) -> str:
-    """Write a photograph's pictures and return its table."""
-    from .labels import colors_for
-    from .visualization import class_shares, label_image, overlay
-
-    names = [config.id2label[index] for index in range(config.num_labels)]
-    colors = colors_for(config.id2label)
-    overlay(photo, segmentation, colors, names, alpha).save(overlay_path)
-    label_image(segmentation, colors).save(labels_path)
-    return "\n".join(f"  {100 * share:6.2f} %  {name}" for name, share in class_shares(segmentation, names))
+    parser.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to this repository")
 
 
 def convert_published(args: argparse.Namespace) -> int:
@@ -162,6 +258,22 @@ def convert_published(args: argparse.Namespace) -> int:
         image_processor.push_to_hub(args.push_to_hub)
         print(f"Uploaded to {args.push_to_hub}")
     return 0
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, Hub name or 'default'")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder for the file; new or empty")
+    parser.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="%(default)s by default")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="fix the input in pixels, processed as one image; default: one window where the model has windows, else "
+        "any size (onnx) or any multiples of the patch (torch-export)",
+    )
+    parser.add_argument("--labels", action="store_true", help="also output label maps, at the input's size")
+    parser.add_argument("--int8", action="store_true", help="onnx: matrix products in 8-bit integers")
 
 
 def export_file(args: argparse.Namespace) -> int:
@@ -186,39 +298,16 @@ def _check_empty(folder: Path) -> None:
         raise ValueError(f"{folder} is not an empty folder; choose a new one, so that nothing is overwritten.")
 
 
-def _expand(paths: Iterable[Path]) -> Iterable[Path]:
-    """Image files as given, and those inside folders, sorted."""
-    for path in paths:
-        if not path.is_dir():
-            yield path
-            continue
-        found = sorted(each for each in path.iterdir() if each.suffix.lower() in PHOTO_SUFFIXES)
-        if not found:
-            raise ValueError(f"{path} holds no image files ({' '.join(PHOTO_SUFFIXES)}).")
-        yield from found
-
-
-def _targets(paths: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
-    """Where the overlay and the labels of each photograph go; photographs of one name are numbered.
-
-    Raises:
-        ValueError: If a photograph would be overwritten.
-    """
-    photos = {path.resolve() for path in paths}
-    # Names that differ only in case are one file on some systems.
-    taken: set[str] = set()
-    targets = []
-    for path in paths:
-        stem, number = path.stem, 1
-        while stem.casefold() in taken:
-            number += 1
-            stem = f"{path.stem}_{number}"
-        taken.add(stem.casefold())
-        targets.append((output / f"{stem}_overlay.png", output / f"{stem}_labels.png"))
-        for target in targets[-1]:
-            if target.resolve() in photos:
-                raise ValueError(f"{target} is one of the photographs and would be overwritten; change --output.")
-    return targets
+COMMANDS = {
+    "segment": Command("label every pixel of photographs", _segment_arguments, segment_photos),
+    "convert": Command("turn a published checkpoint.pth into a model folder", _convert_arguments, convert_published),
+    "export": Command("write a model as a file that runs without this package", _export_arguments, export_file),
+}
+# These read their own arguments: `depict train ...` is `python -m training.train ...` of the repository.
+TRAINING_COMMANDS = {
+    "train": "train a model on a data set",
+    "evaluate": "measure a model on a data set",
+}
 
 
 if __name__ == "__main__":

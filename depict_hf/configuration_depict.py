@@ -69,6 +69,7 @@ class DepictConfig(PreTrainedConfig):
             evaluation mode; by default every input is processed whole.
         window_stride: Pixels between windows; by default `window_size`.
         semantic_loss_ignore_index: Label that the loss leaves out.
+        training_scenes: What the model was trained on, in words that continue "was trained on", for those who use it.
 
     Raises:
         ValueError: If a value is out of its range, or two of them do not fit together.
@@ -111,6 +112,7 @@ class DepictConfig(PreTrainedConfig):
     window_size: int | None = None
     window_stride: int | None = None
     semantic_loss_ignore_index: int = IGNORE_LABEL
+    training_scenes: str | None = None
 
     def __post_init__(self, **kwargs):
         if isinstance(self.backbone_config, dict) and "model_type" not in self.backbone_config:

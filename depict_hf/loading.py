@@ -51,6 +51,20 @@ def model_source(name: str | Path) -> str | Path:
     return DEFAULT_MODEL
 
 
+def fastest_device(index: int = 0) -> str:
+    """An accelerator of PyTorch, cuda, mps or xpu, where there is one, else the CPU.
+
+    Args:
+        index: Of this process on its machine; where there are several accelerators, processes take turns.
+    """
+    if not torch.accelerator.is_available():
+        return "cpu"
+    kind = torch.accelerator.current_accelerator().type
+    if kind not in ("cuda", "mps", "xpu"):
+        return "cpu"
+    return "mps" if kind == "mps" else f"{kind}:{index % torch.accelerator.device_count()}"
+
+
 def load_model(
     name: str | Path, device: torch.device | str = "cpu", dtype: str = "float32", backend: str = "pytorch"
 ) -> tuple["DepictForSemanticSegmentation | OnnxModel", DepictImageProcessor]:

@@ -11,6 +11,8 @@ import PIL.ImageFont
 from .configuration_depict import IGNORE_LABEL
 
 LEGEND_NAME_LENGTH = 24  # longer names (ADE20K lists synonyms) would leave no room for a second column
+CONTOUR_DARKNESS = 0.75
+CONTOUR_PIXELS = 1200  # a photograph of so many pixels squared gets lines of two pixels, of twice as many of three
 Color = tuple[int, int, int]
 
 
@@ -37,8 +39,9 @@ def overlay(
     colors: list[Color],
     names: list[str] | None = None,
     alpha: float = 0.5,
+    contours: bool = True,
 ) -> PIL.Image.Image:
-    """Photograph blended with the classes' colours, with a legend below it.
+    """Photograph blended with the classes' colours, with lines between the classes and a legend below it.
 
     Args:
         image: The photograph; converted to RGB.
@@ -48,6 +51,7 @@ def overlay(
         names: By class id, for a legend of the classes that occur, largest share first, long names cut short; without
             names there is none.
         alpha: Weight of the colours, 0 to 1.
+        contours: Whether a dark line is drawn where one class meets another; in large photographs a wider one.
 
     Returns:
         RGB, as wide as the photograph (or the legend, if that is wider); the photograph is at the top left.
@@ -70,11 +74,25 @@ def overlay(
     table = np.zeros((256, 3), dtype=np.float32)
     table[: len(colors)] = colors
     weight = np.where(ids == IGNORE_LABEL, 0.0, alpha).astype(np.float32)[..., None]
-    blended = PIL.Image.fromarray(np.rint(photo + weight * (table[ids] - photo)).astype(np.uint8))
+    pixels = photo + weight * (table[ids] - photo)
+    if contours:
+        pixels[_contours(ids)] *= 1 - CONTOUR_DARKNESS
+    blended = PIL.Image.fromarray(np.rint(pixels).astype(np.uint8))
     if names is None:
         return blended
     shares = [(colors[index], f"{_shorten(names[index])} {100 * share:.1f} %") for index, share in _shares(ids)]
     return _with_legend(blended, shares)
+
+
+def _contours(ids: np.ndarray) -> np.ndarray:
+    """Where a class meets another, `(height, width)`: lines of one pixel, or of more in large photographs."""
+    lines = np.zeros(ids.shape, dtype=bool)
+    lines[:, :-1] |= ids[:, :-1] != ids[:, 1:]
+    lines[:-1] |= ids[:-1] != ids[1:]
+    for _ in range(round((ids.size**0.5) / CONTOUR_PIXELS)):  # one pixel wider to the right and below each time
+        lines[:, 1:] |= lines[:, :-1]
+        lines[1:] |= lines[:-1]
+    return lines
 
 
 class SheetRow(NamedTuple):
@@ -193,7 +211,7 @@ def _sheet_canvas(blocks: list[tuple[str, list[PIL.Image.Image]]], column_width:
 def _with_legend(image: PIL.Image.Image, entries: list[tuple[Color, str]]) -> PIL.Image.Image:
     """Put a panel with these entries below the picture, as wide as that or, for many entries, about square."""
     # Legible at full size, and also when the whole picture is fitted to a screen.
-    font_size = max(12, round(max(image.size) / 80))
+    font_size = max(12, round((image.width * image.height) ** 0.5 / 65))
     font = PIL.ImageFont.load_default(font_size)
     swatch, gap = font_size, round(font_size / 2)
     widest = max((font.getlength(text) for _, text in entries), default=0)

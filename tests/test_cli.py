@@ -1,6 +1,8 @@
 """The command line, run as a user does, on tiny models."""
 
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,10 +14,12 @@ import PIL.Image
 import pytest
 import torch
 from conftest import tiny_model
+from pycocotools import mask as coco_mask
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor, loading
 from depict_hf.cli import main
 from depict_hf.inference import segment
+from depict_hf.loading import load_model, override_protocol
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
 SIZE = {"shortest_edge": 32}
@@ -49,13 +53,15 @@ def test_pictures_and_table(model_folder, tmp_path, capsys):
     labels = PIL.Image.open(output / "photo_labels.png")
     assert np.array_equal(np.array(labels), expected.numpy())
     picture = np.array(PIL.Image.open(output / "photo_overlay.png"))
-    assert np.array_equal(picture[:40, :60], np.array(labels.convert("RGB")))
+    drawn = (picture[:40, :60] == np.array(labels.convert("RGB"))).all(axis=-1)
+    assert drawn.mean() > 0.5  # all but the lines between the classes
     assert picture.shape[0] > 40
 
     printed = capsys.readouterr().out
     largest = int(torch.bincount(expected.flatten()).argmax())
     share = (expected == largest).float().mean().item()
     assert printed.splitlines()[1].split() == [f"{100 * share:.2f}", "%", model.config.id2label[largest]]
+    assert printed.splitlines()[-1] == "The model gives every pixel one of 5 classes: sky, road, car, tree, sign."
 
 
 def test_one_unreadable_photo_does_not_lose_the_others(model_folder, tmp_path, capsys, monkeypatch):
@@ -224,6 +230,151 @@ def test_convert_reads_a_variant_from_elsewhere(tmp_path):
     arguments = [str(tmp_path / "weights.pth"), str(tmp_path / "out"), "--variant", str(tmp_path / "other.yml")]
     assert main(["convert", *arguments, "--protocol", "training"]) == 0
     assert DepictForSemanticSegmentation.from_pretrained(tmp_path / "out").config.window_stride == 1
+
+
+FORMATS = "overlay,png,npy,coco,geojson"
+
+
+def test_every_format_shows_the_same_map(model_folder, tmp_path, capsys):
+    """And with --classes, pixels of other classes are 255 in label maps, and nothing elsewhere."""
+    photo, out = save_photo(tmp_path / "photo.png"), tmp_path / "out"
+    assert main(["segment", str(photo), "--model", str(model_folder), "--output", str(out), "--format", FORMATS]) == 0
+    ids = np.load(out / "photo_labels.npy")
+    assert ids.dtype == np.uint8 and ids.shape == (40, 60)
+    assert np.array_equal(np.array(PIL.Image.open(out / "photo_labels.png")), ids)
+    coco = json.loads((out / "photo_coco.json").read_text())
+    assert coco["images"] == [{"id": 1, "file_name": "photo.png", "width": 60, "height": 40}]
+    for annotation in coco["annotations"]:
+        assert np.array_equal(coco_mask.decode(annotation["segmentation"]), ids == annotation["category_id"])
+    features = json.loads((out / "photo.geojson").read_text())["features"]
+    assert sum(each["properties"]["area"] for each in features) == 40 * 60
+
+    some = tmp_path / "some"
+    arguments = ["--model", str(model_folder), "--output", str(some), "--classes", "Road, tree", "--format", "npy"]
+    capsys.readouterr()
+    assert main(["segment", str(photo), *arguments, "--format", "geojson", "--json"]) == 0
+    assert sorted(each.name for each in some.iterdir()) == ["photo.geojson", "photo_labels.npy"]
+    assert np.array_equal(np.load(some / "photo_labels.npy"), np.where((ids == 1) | (ids == 3), ids, 255))
+    assert {each["properties"]["class"] for each in json.loads((some / "photo.geojson").read_text())["features"]} == {
+        "road",
+        "tree",
+    }
+    [line] = capsys.readouterr().out.splitlines()
+    assert set(json.loads(line)["shares"]) == {"road", "tree"}
+
+
+def test_json_lines_are_all_that_is_printed(model_folder, tmp_path, capsys):
+    photos = [save_photo(tmp_path / "a.png"), tmp_path / "missing.png", save_photo(tmp_path / "b.png", seed=1)]
+    arguments = ["--model", str(model_folder), "--output", str(tmp_path / "out"), "--json"]
+    assert main(["segment", *map(str, photos), *arguments]) == 1
+    captured = capsys.readouterr()
+    first, error, second = map(json.loads, captured.out.splitlines())
+    assert "gives every pixel one of 5 classes" in captured.err
+    assert [first["file"], error["file"], second["file"]] == list(map(str, photos))
+    assert set(error) == {"file", "error"}
+    labels = np.array(PIL.Image.open(second["files"][1]))
+    assert (second["width"], second["height"]) == (60, 40) and second["seconds"] >= 0
+    for index, name in enumerate(["sky", "road", "car", "tree", "sign"]):
+        if name in second["shares"]:
+            assert second["shares"][name] == pytest.approx((labels == index).mean(), abs=1e-6)
+            left, top, right, bottom = second["boxes"][name]
+            rows, columns = np.nonzero(labels == index)
+            assert (left, top, right - 1, bottom - 1) == (columns.min(), rows.min(), columns.max(), rows.max())
+
+
+def test_sub_folders_are_mirrored(model_folder, tmp_path):
+    """Not searched unless asked; results of an earlier run inside the folder are not taken for photographs."""
+    root = tmp_path / "photos"
+    for name in ("a.jpg", "day/b.jpg", "day/b.png", "night/deep/b.jpg"):
+        save_photo(root / name)
+    output = root / "segmented"
+    arguments = ["segment", str(root), "--model", str(model_folder), "--output", str(output), "--format", "png"]
+    assert main(arguments) == 0
+    assert [str(each.relative_to(output)) for each in output.rglob("*.png")] == ["a_labels.png"]
+    for _ in range(2):
+        assert main([*arguments, "--recursive"]) == 0
+        assert {str(each.relative_to(output)) for each in output.rglob("*.png")} == {
+            "a_labels.png",
+            "day/b_labels.png",
+            "day/b_2_labels.png",
+            "night/deep/b_labels.png",
+        }
+
+
+def test_a_photograph_on_standard_input(model_folder, tmp_path, capsys, monkeypatch):
+    photo = save_photo(tmp_path / "photo.jpg")
+    arguments = ["--model", str(model_folder), "--output", str(tmp_path / "out"), "--format", "npy", "--json"]
+    assert main(["segment", str(photo), *arguments]) == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(photo.read_bytes())))
+    assert main(["segment", "-", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[1])["file"] == "-"
+    maps = [np.load(tmp_path / "out" / f"{name}_labels.npy") for name in ("photo", "stdin")]
+    assert np.array_equal(*maps)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "road,lake"], "'lake' is none of the model's classes: sky, road, car, tree, sign"),
+        (["--window-stride", "8"], "Got window_stride=8 for whole images"),
+        (["--max-batch-pixels", "0"], "Got max_batch_pixels=0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message, model_folder, tmp_path, capsys):
+    photo = save_photo(tmp_path / "photo.png")
+    arguments = ["--model", str(model_folder), "--output", str(tmp_path / "out"), *options]
+    assert main(["segment", str(photo), *arguments]) == 2
+    assert f"depict: {message}" in capsys.readouterr().err
+
+
+def test_the_protocol_can_be_changed(model_folder, tmp_path):
+    """As `override_protocol` does it; fails if an option is not passed on."""
+    photo = save_photo(tmp_path / "photo.png")
+    arguments = ["--model", str(model_folder), "--output", str(tmp_path / "out"), "--format", "npy"]
+    options = ["--size", "48", "--window-size", "32", "--window-stride", "16", "--max-batch-pixels", "3000"]
+    assert main(["segment", str(photo), *arguments, *options]) == 0
+    model, image_processor = load_model(model_folder)
+    override_protocol(model, image_processor, 48, 32, 16)
+    [expected] = segment(model, image_processor, [photo])
+    assert np.array_equal(np.load(tmp_path / "out" / "photo_labels.npy"), expected.numpy())
+
+
+def test_several_processes_write_what_one_writes(model_folder, tmp_path):
+    """Names that clash, and a photograph that cannot be read, whose error is the status of all, come out alike."""
+    root = tmp_path / "photos"
+    for index, name in enumerate(["a.jpg", "a.png", "b.jpg", "day/a.jpg", "day/c.jpg"]):
+        save_photo(root / name, seed=index)
+    (root / "damaged.jpg").write_bytes(b"no photograph")
+    options = ["--model", str(model_folder), "--recursive", "--format", FORMATS]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["segment", str(root), "--output", str(one), *options]) == 1
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "depict_hf"]
+    result = subprocess.run(
+        [*torchrun, "segment", str(root), "--output", str(two), *options, "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert result.returncode != 0 and "damaged.jpg" in result.stderr
+    files = [{str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*.*")} for out in (one, two)]
+    assert len(files[0]) == 5 * 5 and files[0].keys() == files[1].keys()
+    assert files[0] == files[1]
+    assert result.stdout.count("gives every pixel one of") == 1
+
+
+def test_training_commands_are_passed_on(capsys):
+    for command in ("train", "evaluate"):
+        with pytest.raises(SystemExit) as status:
+            main([command, "--help"])
+        assert status.value.code == 0
+        assert f"training.{command}" in capsys.readouterr().out
+
+
+def test_training_that_is_not_installed_says_so(capsys, monkeypatch):
+    for name in ("training.train", "depict_hf.training"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["train"]) == 2
+    assert "`depict train` is not part of this installation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["-m", "depict_hf", "--help"], ["-m", "depict_hf", "--version"]])

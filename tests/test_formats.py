@@ -1,5 +1,6 @@
 """Label maps as COCO and GeoJSON, read back by pycocotools and by filling the polygons."""
 
+import itertools
 import json
 
 import numpy as np
@@ -27,7 +28,7 @@ def fill(rings, shape) -> np.ndarray:
     crossings = np.zeros((shape[0], shape[1] + 1), dtype=int)
     for ring in rings:
         assert ring[0] == ring[-1]
-        for (x, y), (next_x, next_y) in zip(ring[:-1], ring[1:], strict=True):
+        for (x, y), (next_x, next_y) in itertools.pairwise(ring):
             assert (x == next_x) != (y == next_y), "sides run along pixels, and no point stands on a straight line"
             if x == next_x:
                 crossings[min(y, next_y) : max(y, next_y), x] += 1

@@ -1,6 +1,9 @@
+import math
+
 import pytest
 
-from depict_hf.labels import class_colors, class_names, colors_for, datasets, distinct_color
+from depict_hf.labels import class_colors, class_names, colors_for, datasets, distinct_color, find_classes
+from depict_hf.labels.palette import distinct_colors, perceived, smallest_distances
 
 
 def test_counts_and_landmarks():
@@ -27,10 +30,50 @@ def test_names_are_unique_so_that_label2id_is_complete():
 
 
 def test_models_of_known_datasets_keep_their_colours():
-    """In the order of the ids, not of the dictionary; other names get the generated colours."""
+    """In the order of the ids, not of the dictionary; other names, and who asks for them, get distinct colours."""
     id2label = dict(enumerate(class_names("cityscapes")))
     assert colors_for(dict(reversed(id2label.items()))) == class_colors("cityscapes")
-    assert colors_for(id2label | {0: "roads"})[:3] == [(128, 0, 0), (0, 128, 0), (128, 128, 0)]
+    assert colors_for(id2label | {0: "roads"}) == colors_for(id2label, "distinct") == distinct_colors(19)
+    camvid = dict(enumerate(class_names("camvid")))
+    assert colors_for(camvid, "official") == class_colors("camvid")
+    # Sky is blue and trees are green, but the colours are those of eleven classes.
+    assert colors_for(camvid) != distinct_colors(11) and set(colors_for(camvid)) == set(distinct_colors(11))
+    with pytest.raises(ValueError, match="Unknown palette 'pretty'; choose one of auto"):
+        colors_for(camvid, "pretty")
+
+
+# Distances in CIELAB of the two most similar colours, for normal vision, protanopes and deuteranopes; rounded down.
+@pytest.mark.parametrize(
+    ("count", "distances"),
+    [(5, [83, 60, 61]), (11, [39, 27, 26]), (19, [31, 18, 19]), (30, [19, 13, 14]), (60, [13, 8, 8]), (150, [8, 5, 5])],
+)
+def test_distinct_colours_are_far_apart_for_colour_blind_people_too(count, distances):
+    found = smallest_distances(distinct_colors(count))
+    assert [math.floor(each) for each in found] == distances
+    assert distinct_colors(count) == distinct_colors(255)[:count]
+
+
+def test_colours_of_the_datasets_are_closer():
+    """Why they are not the default where nobody expects them: of those of CamVid, two differ by 6."""
+    assert max(smallest_distances(class_colors("camvid"))[1:]) < 7 < 26 < min(smallest_distances(distinct_colors(11)))
+    assert min(smallest_distances(class_colors("cityscapes"))) < 4
+
+
+def test_perceived_colours_are_those_of_the_standard():
+    """CIELAB of sRGB red as commonly tabulated; protanopes see red and a dark green much the same."""
+    assert perceived([(255, 0, 0)])[0, 0] == pytest.approx([53.24, 80.09, 67.20], abs=0.05)
+    normal, protan, _ = smallest_distances([(163, 39, 40), (69, 69, 39)])
+    assert normal > 50 and protan < 12
+
+
+def test_classes_are_found_by_their_names():
+    names = ["wall", "road, route", "screen, monitor", "monitor, display"]
+    assert find_classes("Wall,route", names) == [0, 1]
+    assert find_classes("road, route", names) == [1]
+    with pytest.raises(ValueError, match="'lake' is none of the model's classes: wall, road"):
+        find_classes("wall,lake", names)
+    with pytest.raises(ValueError, match="'monitor' is the name of several classes: 'screen, monitor', 'monitor, dis"):
+        find_classes("monitor", names)
 
 
 def test_ids_with_a_gap_are_refused():

@@ -19,10 +19,31 @@ def test_label_images_keep_ids_and_show_colours(tmp_path):
 
 def test_overlays_blend_and_leave_ignored_pixels_alone():
     photo = np.full((2, 3, 3), 100, np.uint8)
-    blended = np.array(overlay(PIL.Image.fromarray(photo), IDS, COLORS, alpha=0.25))
+    blended = np.array(overlay(PIL.Image.fromarray(photo), IDS, COLORS, alpha=0.25, contours=False))
     assert blended[0, 0].tolist() == [round(75 + 0.25 * 255), 75, 75]
     assert blended[1, 0].tolist() == [75, 75, round(75 + 0.25 * 255)]
     assert blended[1, 2].tolist() == [100, 100, 100]
+
+
+def test_contours_run_where_classes_meet():
+    """One pixel wide, on the first class's side; everything else stays as it is without them."""
+    ids = np.zeros((20, 30), int)
+    ids[5:15, 10:20] = 1
+    photo = PIL.Image.new("RGB", (30, 20), (200, 200, 200))
+    plain, drawn = (np.array(overlay(photo, ids, COLORS, contours=each)).astype(int) for each in (False, True))
+    changed = (plain != drawn).any(axis=-1)
+    expected = np.zeros_like(changed)
+    expected[5:15, [9, 19]] = expected[[4, 14], 10:20] = True
+    assert np.array_equal(changed, expected)
+    assert (drawn[changed] < plain[changed].max() / 2).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(2400, 240), (160, 1600), (24, 18), (1600, 1200)])
+def test_a_legend_fits_pictures_of_any_shape(width, height):
+    """Fails if letters grow with the longer side alone: a narrow picture would get a legend of several widths."""
+    ids = np.arange(3).repeat(-(-height // 3))[:height, None].repeat(width, axis=1)
+    picture = overlay(PIL.Image.new("RGB", (width, height)), ids, COLORS, NAMES)
+    assert picture.width <= max(width, 130) and picture.height - height <= max(80, height / 4)
 
 
 @pytest.mark.parametrize("size", [(40, 60), (300, 200), (1000, 2000)])

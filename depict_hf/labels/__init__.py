@@ -6,6 +6,10 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+PALETTES = ("auto", "official", "distinct")
+# Datasets whose colours everybody who works with them knows by heart, although some of them look alike.
+EXPECTED_PALETTES = ("ade20k", "cityscapes", "pascal_context")
+
 
 def datasets() -> tuple[str, ...]:
     """Names of the datasets whose classes are known: those of the JSON files beside this module."""
@@ -87,22 +91,57 @@ def class_colors(dataset: str) -> list[tuple[int, int, int]]:
     return [tuple(each["color"]) for each in _classes(dataset)]
 
 
-def colors_for(id2label: dict[int, str]) -> list[tuple[int, int, int]]:
-    """Display colours for a model's classes: those of the dataset with exactly these names, else distinct ones.
+def colors_for(id2label: dict[int, str], palette: str = "auto") -> list[tuple[int, int, int]]:
+    """Display colours for a model's classes.
 
     Args:
         id2label: Names by class id, as in the model's config.
+        palette: "distinct" for those of `palette.distinct_colors`, which are easy to tell apart, in an order that suits
+            the classes where the file of the dataset has one; "official" for those of the dataset with exactly these
+            names, and distinct ones where there is none; "auto" for the official ones of the datasets in
+            `EXPECTED_PALETTES`, and distinct ones else.
 
     Raises:
-        ValueError: If the ids are not 0, 1, 2, ... without a gap.
+        ValueError: If the ids are not 0, 1, 2, ... without a gap, or there is no such palette.
     """
+    from .palette import distinct_colors
+
+    if palette not in PALETTES:
+        raise ValueError(f"Unknown palette {palette!r}; choose one of {', '.join(PALETTES)}.")
     if set(id2label) != set(range(len(id2label))):
         raise ValueError(f"Got the ids {sorted(id2label)[:10]} for {len(id2label)} classes; number them from 0.")
     names = [id2label[index] for index in range(len(id2label))]
-    for dataset in datasets():
-        if class_names(dataset) == names:
-            return class_colors(dataset)
-    return [distinct_color(index + 1) for index in range(len(names))]
+    dataset = next((each for each in datasets() if class_names(each) == names), None)
+    if dataset and (palette == "official" or (palette == "auto" and dataset in EXPECTED_PALETTES)):
+        return class_colors(dataset)
+    if dataset and "distinct" in _classes(dataset)[0]:
+        return [tuple(each["distinct"]) for each in _classes(dataset)]
+    return distinct_colors(len(names))
+
+
+def find_classes(wanted: str, names: list[str]) -> list[int]:
+    """Ids of classes named in a list such as "road,car".
+
+    Args:
+        wanted: Names between commas. Where a class has several names between commas ("road, route"), any will do.
+        names: By class id.
+
+    Raises:
+        ValueError: If a name is that of no class, or of several.
+    """
+    ids: list[int] = []
+    for name in (each.strip().lower() for each in wanted.split(",")):
+        whole = [index for index, each in enumerate(names) if each.lower() == name]
+        parts = [
+            index for index, each in enumerate(names) if name in [part.strip() for part in each.lower().split(",")]
+        ]
+        found = whole or parts
+        if len(found) != 1:
+            what = "is the name of several classes" if found else "is none of the model's classes"
+            listed = ", ".join(repr(names[index]) for index in found) if found else ", ".join(names)
+            raise ValueError(f"{name!r} {what}: {listed}.")
+        ids.append(found[0])
+    return sorted(set(ids))
 
 
 def distinct_color(index: int) -> tuple[int, int, int]:

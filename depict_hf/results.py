@@ -1,0 +1,88 @@
+"""What `depict segment` writes and says about one photograph."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from .configuration_depict import IGNORE_LABEL, DepictConfig
+from .formats import class_boxes, coco_file, geojson_file
+from .labels import colors_for
+from .photographs import Photograph
+from .visualization import class_shares, label_image, overlay
+
+NAMES_IN_A_LINE = 24
+
+
+@dataclass(frozen=True)
+class ResultWriter:
+    """Writes the results of photographs, one after the other.
+
+    Args:
+        config: Of the model, for its class names.
+        kinds: Results wanted, keys of `photographs.RESULT_SUFFIXES`.
+        classes: Ids of the classes to keep; pixels of all others become 255, which is no class. None keeps all.
+        palette: As for `labels.colors_for`.
+        alpha: Weight of the colours in the overlay.
+    """
+
+    config: DepictConfig
+    kinds: Sequence[str]
+    classes: Sequence[int] | None = None
+    palette: str = "auto"
+    alpha: float = 0.5
+
+    def write(self, photograph: Photograph, photo: PIL.Image.Image, segmentation) -> dict[str, Any]:
+        """Write one photograph's files.
+
+        Args:
+            photo: The photograph itself, upright.
+            segmentation: `(height, width)` class ids, tensor or array.
+
+        Returns:
+            `width`, `height`, `shares` of the image by class name, largest first, `boxes` by class name, each left,
+            top, right and bottom in pixels, right and bottom excluded, and `files`.
+        """
+        ids = np.asarray(segmentation.cpu() if hasattr(segmentation, "cpu") else segmentation)
+        names = [self.config.id2label[index] for index in range(self.config.num_labels)]
+        if self.classes is not None:
+            ids = np.where(np.isin(ids, list(self.classes)), ids, IGNORE_LABEL)
+        files = {kind: photograph.result(kind) for kind in self.kinds}
+        photograph.target.parent.mkdir(parents=True, exist_ok=True)
+        colors = colors_for(self.config.id2label, self.palette)
+        if "overlay" in files:
+            overlay(photo, ids, colors, names, self.alpha).save(files["overlay"])
+        if "png" in files:
+            label_image(ids, colors).save(files["png"])
+        if "npy" in files:
+            np.save(files["npy"], ids.astype(np.uint8))
+        if "coco" in files:
+            coco = coco_file(ids, names, photograph.path.name, photograph.number)
+            files["coco"].write_text(json.dumps(coco), encoding="utf-8")
+        if "geojson" in files:
+            files["geojson"].write_text(json.dumps(geojson_file(ids, names)), encoding="utf-8")
+        return {
+            "width": photo.width,
+            "height": photo.height,
+            "shares": {name: round(share, 6) for name, share in class_shares(ids, names)},
+            "boxes": {names[index]: list(box) for index, box in class_boxes(ids, len(names)).items()},
+            "files": [str(path) for path in files.values()],
+        }
+
+
+def table(record: dict[str, Any]) -> str:
+    """The shares of a record of `ResultWriter.write`, one line a class."""
+    return "\n".join(f"  {100 * share:6.2f} %  {name}" for name, share in record["shares"].items())
+
+
+def knowledge(config: DepictConfig) -> str:
+    """One line on what a model was trained on, as far as its config says, and on its classes."""
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    listed = ", ".join(names[:NAMES_IN_A_LINE])
+    if len(names) > NAMES_IN_A_LINE:
+        listed += f" and {len(names) - NAMES_IN_A_LINE} more"
+    trained = f"was trained on {config.training_scenes} and " if config.training_scenes else ""
+    return f"The model {trained}gives every pixel one of {len(names)} classes: {listed}."
