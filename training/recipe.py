@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from depict_hf.configuration_depict import DECODER_TYPES, ENCODER_PRESETS
+from depict_hf.configuration_depict import DECODER_TYPES, ENCODER_PRESETS, IGNORE_LABEL
 
 from .data import read_class_names
 from .settings import Section, nearest_name, parse_value, setting, text_of
@@ -149,6 +149,13 @@ class EvaluationSection(Section):
         least=1,
     )
     evaluate_every_epochs: int = setting("Epochs between evaluations on the validation split.", 1, least=1)
+    keep_best: bool = setting(
+        "Whether the trained model is that of the evaluation with the highest validation mIoU; else the last one.",
+        False,
+    )
+    early_stopping: int = setting(
+        "Evaluations in a row without a higher validation mIoU after which training ends; 0 for never.", 0, least=0
+    )
     sample_pictures: int = setting(
         "Validation images that each evaluation writes pictures of, to `samples/`.", 4, least=0
     )
@@ -172,7 +179,12 @@ class HardwareSection(Section):
         "Processes that read data, for each training process; 0 reads in the training process.", 2, least=0
     )
     save_every_steps: int | None = setting(
-        "Optimiser steps between checkpoints; a checkpoint at each evaluation if none.", None, least=1
+        "Optimiser steps between checkpoints; a checkpoint at each evaluation if none, and always with `keep_best`.",
+        None,
+        least=1,
+    )
+    push_to_hub: str | None = setting(
+        "Hub repository that the trained model is uploaded to at the end, such as USER/NAME; nowhere if none.", None
     )
 
 
@@ -196,6 +208,16 @@ class Recipe:
         data, model, optimization = self.data, self.model, self.optimization
         if not data.class_names:
             raise ValueError("Got no class_names; give one for each class, in the order of the ids.")
+        if len(data.class_names) > IGNORE_LABEL:
+            raise ValueError(
+                f"Got {len(data.class_names)} class_names, needed at most {IGNORE_LABEL}: labels travel as bytes, of "
+                f"which {IGNORE_LABEL} means ignored; merge or leave out classes."
+            )
+        if data.cache_features and self.hardware.gradient_checkpointing:
+            raise ValueError(
+                "Got gradient_checkpointing with cache_features, where no encoder has activations to save; leave "
+                "gradient_checkpointing out."
+            )
         if not 0 < data.scale_range[0] <= data.scale_range[1]:
             raise ValueError(f"Got scale_range={data.scale_range}, needed two positive ratios, the smaller one first.")
         if data.cache_features and not model.freeze_encoder:

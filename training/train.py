@@ -3,12 +3,15 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import create_repo, upload_folder
 from transformers import AutoConfig, TrainingArguments, set_seed
 from transformers.integrations import is_tensorboard_available
 
@@ -18,6 +21,7 @@ from depict_hf.conversion import load_encoder, read_weights
 from depict_hf.loading import load_model
 
 from .data import (
+    CHECKED_IMAGES,
     DecoderOnFeatures,
     EvaluationDataset,
     FeatureDataset,
@@ -29,11 +33,14 @@ from .data import (
     count_images,
     count_pixels,
     describe_classes,
+    digest,
     get_split,
     label_encoding,
     load_dataset_splits,
     open_samples,
     print_once,
+    stream_columns,
+    undecoded,
 )
 from .evaluation import Execution, environment, evaluate, render_table, write_json
 from .optimization import (
@@ -42,6 +49,7 @@ from .optimization import (
     add_adapters,
     balanced_weights,
     check_same_run,
+    check_sharding,
     discard_unfinished,
     find_checkpoint,
     freeze_encoder_blocks,
@@ -222,6 +230,58 @@ def check_data(recipe: Recipe, splits) -> None:
         raise ValueError("\n".join(dict.fromkeys(faults)))
 
 
+def check_launch(recipe: Recipe) -> dict[str, Any]:
+    """Refuse, before anything is read, what cannot work with the processes that were started.
+
+    Returns:
+        What the result depends on besides recipe and data: `processes`, their number.
+
+    Raises:
+        OSError: If the trained model is to be uploaded, and the Hub does not let it.
+        ValueError: If the batch cannot be divided, or the model is to be shared (FSDP) in a way that does not work.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    recipe.images_per_pass(processes)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        check_sharding(recipe, int(os.environ.get("FSDP_VERSION", "1")))
+    if recipe.hardware.push_to_hub is not None and os.environ.get("RANK", "0") == "0":
+        try:
+            create_repo(recipe.hardware.push_to_hub, exist_ok=True)
+        except Exception as error:  # what is raised without a network depends on the version of huggingface_hub
+            raise OSError(
+                f"Got push_to_hub={recipe.hardware.push_to_hub}, which the Hub did not let be created: {error}; log in "
+                "with `hf auth login`, or leave it out and upload the trained model yourself."
+            ) from error
+    return {"processes": processes}
+
+
+def describe_data(recipe: Recipe, splits) -> dict[str, Any]:
+    """What is trained and validated on: images and digest of each split, of a stream those of its first images."""
+    described = {}
+    for name in dict.fromkeys((recipe.data.train_split, recipe.data.validation_split)):
+        if recipe.data.streaming and name == recipe.data.train_split:
+            stream = get_split(splits, name)
+            columns = stream_columns(stream, recipe.data.image_column, recipe.data.label_column)
+            rows = undecoded(stream, *columns).take(CHECKED_IMAGES)
+            described[name] = {"images": count_training_images(recipe, splits), "digest": digest(rows)}
+        else:
+            samples = build_samples(recipe, splits, name)
+            described[name] = {"images": len(samples), "digest": digest(samples.encoded)}
+    return described
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Upload a trained model with its records, card and curves, without checkpoints and features, in one commit.
+
+    `push_to_hub` of transformers is not used: it writes a card of its own over the folder's.
+
+    Returns:
+        Address of the commit.
+    """
+    left_out = ["checkpoint-*/**", "features/**", "samples/**", "deleted/**"]
+    return str(upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=left_out))
+
+
 def count_training_images(recipe: Recipe, splits) -> int:
     """Images of the streamed training split.
 
@@ -280,6 +340,7 @@ def build_loss(recipe: Recipe, samples: SegmentationDataset) -> RecipeLoss | Non
 def training_arguments(recipe: Recipe, output: Path, num_images: int) -> TrainingArguments:
     """`Trainer`'s view of the recipe; optimiser, rates and schedule are `SegmentationTrainer`'s own."""
     steps = recipe.steps_per_epoch(num_images) * recipe.evaluation.evaluate_every_epochs
+    save_steps = steps if recipe.evaluation.keep_best else recipe.hardware.save_every_steps or steps
     arguments = TrainingArguments(
         output_dir=str(output),
         num_train_epochs=recipe.optimization.epochs,
@@ -295,8 +356,12 @@ def training_arguments(recipe: Recipe, output: Path, num_images: int) -> Trainin
         eval_strategy="steps",
         eval_steps=steps,
         save_strategy="steps",
-        save_steps=recipe.hardware.save_every_steps or steps,
+        save_steps=save_steps,
         logging_steps=10,
+        logging_nan_inf_filter=False,  # looks at every pass; `SegmentationTrainer.check_loss` at every step
+        metric_for_best_model="mean_iou",
+        greater_is_better=True,
+        restore_callback_states_from_checkpoint=bool(recipe.evaluation.early_stopping),
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,  # backbones have some, such as DINOv2's mask token
         label_names=["labels"],
@@ -349,22 +414,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = get_recipe(arguments.recipe).override(arguments.overrides)
         if arguments.backbone is not None:
             recipe = recipe.replace(backbone=arguments.backbone)
+        circumstances = check_launch(recipe)
         checkpoint = find_checkpoint(arguments.output, arguments.resume)
-        if checkpoint is not None:
-            check_same_run(recipe, arguments.output / "recipe.json")
+        known = None if checkpoint is None else arguments.output / "recipe.json"
+        if known is not None:
+            check_same_run(recipe, known, circumstances)
         splits = load_dataset_splits(arguments.dataset, recipe.data.streaming)
         check_data(recipe, splits)
+        circumstances["data"] = describe_data(recipe, splits)
+        if known is not None:
+            check_same_run(recipe, known, circumstances)
         test = build_samples(recipe, splits, recipe.data.test_split)
         trainer, model = build_trainer(recipe, splits, arguments.output)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if trainer.is_world_process_zero():
-        record = {"recipe": dataclasses.asdict(recipe), "dataset": arguments.dataset}
+        record = {"recipe": dataclasses.asdict(recipe), "dataset": arguments.dataset} | circumstances
         record["left_out"] = [name for samples in splits.opened.values() for name in samples.left_out]
         write_run_record(record, started_in, checkpoint, arguments.output / "recipe.json")
         discard_unfinished(arguments.output)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     save_trained(recipe, trainer, model, arguments.output)
     trainer.accelerator.wait_for_everyone()
     # What is evaluated is what was saved; a model that the processes share could not be anyway.
@@ -376,6 +450,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         record["environment"] = started_in
         write_json(record, arguments.output / "evaluation.json")
         print(render_table(record))
+        if recipe.hardware.push_to_hub is not None:
+            print(f"uploaded: {upload(arguments.output, recipe.hardware.push_to_hub)}")
     # Processes that end with their connections open may crash.
     trainer.accelerator.wait_for_everyone()
     PartialState().destroy_process_group()

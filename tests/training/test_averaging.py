@@ -1,32 +1,43 @@
 """The average's values, and the model before, while and after it is applied."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from training.optimization.averaging import WeightAverage
 
 
-def averaged_over(steps: list[float], decay: float) -> tuple[torch.nn.Linear, WeightAverage]:
+def averaged_over(steps: list[float], decay: float, first_step: int = 1) -> tuple[torch.nn.Linear, WeightAverage]:
     """A layer of one weight that starts at 1 and takes these values; its bias is frozen."""
     layer = torch.nn.Linear(1, 1)
     torch.nn.init.ones_(layer.weight)
     layer.bias.requires_grad_(False)
     average = WeightAverage(layer, decay)
     average.on_train_begin(None, None, None)
-    for value in steps:
+    for step, value in enumerate(steps, start=first_step):
         torch.nn.init.constant_(layer.weight, value)
-        average.on_step_end(None, None, None)
+        average.on_step_end(None, SimpleNamespace(global_step=step), None)
     return layer, average
 
 
 def test_average_is_the_exponential_one_from_the_initial_weights_on():
-    _, average = averaged_over([2.0, 4.0], decay=0.75)
+    _, average = averaged_over([2.0, 4.0], decay=0.75, first_step=1000)
     assert average.average.keys() == {"weight"}
     assert average.average["weight"].item() == pytest.approx(0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 4)
 
 
+def test_the_average_warms_up():
+    """d is 2/11 after the first step and 3/12 after the second; from step 8 of (1 + t)/(10 + t) = 0.5 on it stays."""
+    _, average = averaged_over([2.0, 4.0], decay=0.5)
+    first = 2 / 11 * 1 + 9 / 11 * 2
+    assert average.average["weight"].item() == pytest.approx(3 / 12 * first + 9 / 12 * 4)
+    _, average = averaged_over([3.0], decay=0.5, first_step=8)
+    assert average.average["weight"].item() == pytest.approx(2.0)
+
+
 def test_applied_average_is_taken_back():
-    layer, average = averaged_over([3.0], decay=0.5)
+    layer, average = averaged_over([3.0], decay=0.5, first_step=1000)
     with average.applied():
         assert layer.weight.item() == 2.0
     assert layer.weight.item() == 3.0
@@ -42,7 +53,7 @@ def test_before_training_the_model_is_evaluated_as_it_is():
 
 
 def test_a_saved_average_goes_on(tmp_path):
-    _, first = averaged_over([2.0], decay=0.5)
+    _, first = averaged_over([2.0], decay=0.5, first_step=1000)
     first.save(tmp_path)
     layer = torch.nn.Linear(1, 1)
     layer.bias.requires_grad_(False)
@@ -50,7 +61,7 @@ def test_a_saved_average_goes_on(tmp_path):
     second.load(tmp_path)
     second.on_train_begin(None, None, None)
     torch.nn.init.constant_(layer.weight, 4.0)
-    second.on_step_end(None, None, None)
+    second.on_step_end(None, SimpleNamespace(global_step=1001), None)
     assert second.average["weight"].item() == 0.5 * 1.5 + 0.5 * 4
 
 

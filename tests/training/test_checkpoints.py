@@ -1,17 +1,24 @@
 """Which checkpoint a run continues from, and which run may continue."""
 
 import dataclasses
+import errno
 import json
+import os
+import re
+import stat
 
 import pytest
+from accelerate import Accelerator
+from transformers import TrainerState
 
 from training.optimization.checkpoints import (
+    CheckpointKeeper,
     check_same_run,
     discard_unfinished,
     find_checkpoint,
+    free_fields,
     is_complete,
     mark_complete,
-    publish,
 )
 from training.recipes import camvid_dinov2_small
 
@@ -56,30 +63,85 @@ def test_another_recipe_does_not_continue_a_run(tmp_path):
     check_same_run(recipe.replace(num_workers=7), path)
     with pytest.raises(ValueError, match=r"epochs=3, there 120; batch_size=4, there 8"):
         check_same_run(recipe.replace(batch_size=4, epochs=3), path)
+    names = recipe.data.class_names
+    with pytest.raises(ValueError, match="class_names="):
+        check_same_run(recipe.replace(class_names=(*names[1:], names[0])), path)
 
 
-def test_a_checkpoint_is_published_whole_and_the_oldest_go(tmp_path):
-    """By number, not by name or age; the folder that a checkpoint was written in is discarded."""
-    for step in (9, 10, 11):
-        written = tmp_path / "unfinished" / f"checkpoint-{step}"
-        (written / "part").mkdir(parents=True)
-        (written / "part" / "weights").write_bytes(bytes([step]))
-        publish(written, tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-11"]
+def test_other_circumstances_do_not_continue_a_run(tmp_path):
+    recipe = camvid_dinov2_small("sa")
+    path = tmp_path / "recipe.json"
+    before = {"processes": 2, "data": {"train": {"images": 367, "digest": "a1"}}}
+    path.write_text(json.dumps({"recipe": dataclasses.asdict(recipe)} | before))
+    check_same_run(recipe, path, before)
+    with pytest.raises(ValueError, match="processes=1, there 2"):
+        check_same_run(recipe, path, before | {"processes": 1})
+    with pytest.raises(ValueError, match=r"data=.*'a2'.*there.*'a1'"):
+        check_same_run(recipe, path, before | {"data": {"train": {"images": 367, "digest": "a2"}}})
+    path.write_text(json.dumps({"recipe": dataclasses.asdict(recipe)}))  # of an earlier version
+    check_same_run(recipe, path, before)
+
+
+def test_what_may_change_depends_on_the_recipe():
+    """Readers of a stream share it out; the best model is one of those that were evaluated."""
+    recipe = camvid_dinov2_small("sa").replace(cache_features=False)
+    assert {"num_workers", "evaluate_every_epochs"} <= free_fields(recipe)
+    assert "num_workers" not in free_fields(recipe.replace(streaming=True))
+    assert "evaluate_every_epochs" not in free_fields(recipe.replace(keep_best=True))
+    assert "evaluate_every_epochs" not in free_fields(recipe.replace(early_stopping=3))
+
+
+@pytest.mark.parametrize("best", [None, 9])
+def test_a_checkpoint_is_completed_and_the_oldest_go(tmp_path, best):
+    """By number, not by name or age; the best one stays."""
+    state = TrainerState(best_global_step=best)
+    for state.global_step in (8, 9, 10, 11):
+        folder = tmp_path / f"checkpoint-{state.global_step}" / "part"
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(bytes([state.global_step]))
+        assert not is_complete(folder.parent)
+        CheckpointKeeper(tmp_path, Accelerator(cpu=True)).on_save(None, state, None)
+    kept = {path.name for path in tmp_path.glob("checkpoint-*") if is_complete(path)}
+    assert kept == {"checkpoint-10", "checkpoint-11"} | ({"checkpoint-9"} if best else set())
     assert (tmp_path / "checkpoint-11" / "part" / "weights").read_bytes() == bytes([11])
-    assert is_complete(tmp_path / "checkpoint-11")
-    discard_unfinished(tmp_path)
-    assert not (tmp_path / "unfinished").exists()
 
 
-def test_a_checkpoint_takes_the_place_of_a_broken_one(tmp_path):
+def test_what_a_killed_run_left_is_deleted(tmp_path):
+    """A checkpoint that is written again must not be marked by an older mark."""
+    whole = make_checkpoint(tmp_path, 8)
     make_checkpoint(tmp_path, 9, complete=False)
-    (tmp_path / "checkpoint-9" / "leftover").write_text("half")
-    written = tmp_path / "unfinished" / "checkpoint-9"
-    written.mkdir(parents=True)
-    (written / "weights").write_text("whole")
-    publish(written, tmp_path, keep=1)
-    assert {path.name for path in (tmp_path / "checkpoint-9").iterdir()} == {"weights", "complete.json"}
+    discard_unfinished(tmp_path)
+    assert [str(path) for path in tmp_path.iterdir()] == [whole]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_folders_that_cannot_be_synchronised_are_no_obstacle(tmp_path, monkeypatch, code):
+    synchronized = []
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, "not for folders")
+        synchronized.append(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    (tmp_path / "weights").write_text("all of them")
+    mark_complete(tmp_path)
+    assert is_complete(tmp_path) and len(synchronized) == 2
+
+
+@pytest.mark.parametrize(("code", "only_files"), [(errno.EIO, False), (errno.ENOSPC, False), (errno.EINVAL, True)])
+def test_other_errors_of_the_disk_are_raised(tmp_path, monkeypatch, code, only_files):
+    """A full or broken disk, and a file that cannot be synchronised."""
+
+    def fail(descriptor):
+        if not (only_files and stat.S_ISDIR(os.fstat(descriptor).st_mode)):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    (tmp_path / "weights").write_text("all of them")
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))):
+        mark_complete(tmp_path)
+    assert not is_complete(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "deleted", "half a mark"])

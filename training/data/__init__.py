@@ -14,12 +14,15 @@ from .samples import (
     SegmentationDataset,
     TrainingDataset,
     count_pixels,
+    digest,
     sample_generator,
+    undecoded,
 )
 from .splitting import complete_splits
-from .streaming import StreamingDataset, check_stream, count_images
+from .streaming import CHECKED_IMAGES, StreamingDataset, check_stream, count_images, stream_columns
 
 __all__ = [
+    "CHECKED_IMAGES",
     "DecoderOnFeatures",
     "EpochSampler",
     "EvaluationDataset",
@@ -37,6 +40,7 @@ __all__ = [
     "count_images",
     "count_pixels",
     "describe_classes",
+    "digest",
     "find_columns",
     "get_split",
     "label_encoding",
@@ -46,4 +50,6 @@ __all__ = [
     "print_once",
     "read_class_names",
     "sample_generator",
+    "stream_columns",
+    "undecoded",
 ]

@@ -16,6 +16,8 @@ from .augmentation import TrainingAugmentation
 from .loading import find_columns
 from .reading import LabelEncoding, UnreadableImageError, name_of, read_pair
 
+_DIGESTED_BYTES = 4096
+
 
 class SegmentationDataset(torch.utils.data.Dataset):
     """Photographs and label maps at their own size, read one by one.
@@ -108,6 +110,29 @@ def undecoded(dataset, image_column: str, label_column: str):
     return dataset
 
 
+def digest(rows: Iterable[dict[str, dict | None]]) -> str:
+    """A number for the contents of images and label maps, wherever they lie and whenever they were written.
+
+    Args:
+        rows: Of `undecoded`.
+
+    Returns:
+        Sixteen hexadecimal digits of SHA-256 over the name, the size and the first 4096 bytes of each file, in order.
+    """
+    summary = hashlib.sha256()
+    for row in rows:
+        for encoded in row.values():
+            path, data = (None, b"") if encoded is None else (encoded["path"], encoded["bytes"])
+            if data is None and path is not None and os.path.isfile(path):
+                with open(path, "rb") as file:
+                    beginning, size = file.read(_DIGESTED_BYTES), os.fstat(file.fileno()).st_size
+            else:
+                beginning, size = (data or b"")[:_DIGESTED_BYTES], len(data or b"")
+            summary.update(f"{os.path.basename(path or '')} {size} {len(beginning)}\n".encode())
+            summary.update(beginning)
+    return summary.hexdigest()[:16]
+
+
 def read_sample(
     encoded_image: dict | None, encoded_labels: dict | None, encoding: LabelEncoding, where: str
 ) -> dict[str, Tensor]:
@@ -145,10 +170,18 @@ def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
 
 
 class EpochSampler(torch.utils.data.Sampler):
-    """Indices of all samples in an order that depends on seed and epoch alone, not on processes or earlier epochs."""
+    """Indices of samples in an order that depends on seed and epoch alone, not on processes or earlier epochs.
 
-    def __init__(self, num_samples: int, seed: int):
+    Args:
+        num_samples: Of the dataset.
+        seed: Of the order.
+        batch_size: Of an optimiser step over all processes and passes. Only whole batches are taken in an epoch, so
+            that how they are divided decides neither their number nor what is in each.
+    """
+
+    def __init__(self, num_samples: int, seed: int, batch_size: int = 1):
         self.num_samples = num_samples
+        self.num_taken = num_samples // batch_size * batch_size
         self.seed = seed
         self.epoch = 0
 
@@ -157,12 +190,12 @@ class EpochSampler(torch.utils.data.Sampler):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_samples
+        return self.num_taken
 
     def __iter__(self) -> Iterator[int]:
         # The index after the last sample: augmentation draws from those of the samples.
         generator = sample_generator(self.seed, self.epoch, self.num_samples)
-        return iter(torch.randperm(self.num_samples, generator=generator).tolist())
+        return iter(torch.randperm(self.num_samples, generator=generator)[: self.num_taken].tolist())
 
 
 class TrainingDataset(torch.utils.data.Dataset):

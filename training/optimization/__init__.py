@@ -12,7 +12,7 @@ from .groups import (
     rate_factor,
 )
 from .losses import RecipeLoss, balanced_weights
-from .trainer import SegmentationTrainer
+from .trainer import SegmentationTrainer, check_sharding
 
 __all__ = [
     "RecipeLoss",
@@ -20,6 +20,7 @@ __all__ = [
     "add_adapters",
     "balanced_weights",
     "check_same_run",
+    "check_sharding",
     "count_encoder_blocks",
     "create_optimizer",
     "create_scheduler",

@@ -7,24 +7,29 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
 FILE_NAME = "average.safetensors"
 
 
 class WeightAverage(TrainerCallback):
-    """After every optimiser step, `average = decay * average + (1 - decay) * weight`, from the initial weights on.
+    """After every optimiser step, `average = d * average + (1 - d) * weight`, where d warms up to `decay`.
+
+    After step t, counted from 1, d is min(decay, (1 + t) / (10 + t)): 2/11 after the first. So the initial weights are
+    forgotten at once, and a run that is shorter than 1 / (1 - decay) steps has an average of its own weights, too.
 
     Args:
         model: Its parameters that require a gradient are averaged, in float32; the others do not move.
         decay: Between 0 and 1.
+
+    Source:
+        The warm-up is that of `tf.train.ExponentialMovingAverage` with `num_updates`.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.weights = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.average: dict[str, torch.Tensor] = {}
-        self.update = get_ema_multi_avg_fn(decay)
+        self.decay = decay
 
     @torch.no_grad()
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -34,9 +39,11 @@ class WeightAverage(TrainerCallback):
             for name, weight in self.weights.items()
         }
 
+    @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        weights = [weight.detach().float() for weight in self.weights.values()]
-        self.update(list(self.average.values()), weights, None)
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        weights = [weight.float() for weight in self.weights.values()]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     def save(self, folder: Path) -> None:
         save_file(self.average, folder / FILE_NAME)

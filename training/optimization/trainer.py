@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from depict_hf.configuration_depict import IGNORE_LABEL
@@ -24,12 +25,10 @@ from ..evaluation import MeanIoU, sample_picture, spread, write_picture
 from ..recipe import Recipe
 from .adapters import has_adapters, merge_adapters
 from .averaging import WeightAverage
-from .checkpoints import UNFINISHED, publish
+from .checkpoints import CheckpointKeeper, checkpoint_folders, is_complete
 from .groups import create_optimizer, create_scheduler, parameter_groups
 from .losses import RecipeLoss
 from .stochastic_depth import draw, share_stochastic_depth
-
-KEPT_CHECKPOINTS = 2
 
 
 class EpochSetter(transformers.TrainerCallback):
@@ -48,8 +47,27 @@ class EpochSetter(transformers.TrainerCallback):
         self.sampler.set_epoch(epoch)
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """`EarlyStoppingCallback` without its warning that the best model must be loaded, which `finish` does."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        pass
+
+
+class FiniteLoss(transformers.TrainerCallback):
+    """Has the trainer look at the loss before the optimiser uses its gradients."""
+
+    def __init__(self, trainer: "SegmentationTrainer"):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.trainer.check_loss()
+
+
 class SegmentationTrainer(transformers.Trainer):
     """Trains a `DepictForSemanticSegmentation` by a recipe.
+
+    `Trainer`'s public methods are overridden; beside the others it is said why none of those would do.
 
     Args:
         recipe: Decides optimiser, rates, schedule, average and pictures; the arguments of `Trainer` for those, and its
@@ -65,24 +83,44 @@ class SegmentationTrainer(transformers.Trainer):
 
     def __init__(self, recipe: Recipe, loss: RecipeLoss | None = None, **kwargs):
         super().__init__(**kwargs)
-        if self.is_fsdp_enabled and (
-            recipe.optimization.average_decay or recipe.model.lora_rank or recipe.data.cache_features
-        ):
-            raise ValueError(
-                "Got average_decay, lora_rank or cache_features for a model that the processes share (FSDP); leave "
-                "them out, or launch without FSDP, so that every process holds the model."
-            )
+        if self.is_fsdp_enabled:
+            check_sharding(recipe, self.accelerator.state.fsdp_plugin.fsdp_version)
         self.recipe = recipe
         self.loss = loss
-        self.train_sampler = EpochSampler(len(self.train_dataset), recipe.optimization.seed)
+        self.output = Path(self.args.output_dir)
+        self.train_sampler = EpochSampler(
+            len(self.train_dataset), recipe.optimization.seed, recipe.optimization.batch_size
+        )
         self.add_callback(EpochSetter(self.train_dataset, self.train_sampler))
         self.stochastic_depth = share_stochastic_depth(self.model)
         self.passes = 0
+        self.step_loss: Tensor | float = 0.0
+        self.add_callback(FiniteLoss(self))
         self.average = (
             WeightAverage(self.model, recipe.optimization.average_decay) if recipe.optimization.average_decay else None
         )
         if self.average:
             self.add_callback(self.average)
+        if recipe.evaluation.early_stopping:
+            self.add_callback(EarlyStopping(recipe.evaluation.early_stopping))
+        self.add_callback(
+            CheckpointKeeper(self.output, self.accelerator, self.average, recipe.hardware.save_every_steps)
+        )
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput | None:
+        """As `Trainer.train`; a run that had ended by itself before its last epoch is not trained further.
+
+        Returns:
+            None where nothing was trained.
+        """
+        if resume_from_checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            stopping = state.stateful_callbacks.get(EarlyStopping.__name__)
+            if stopping and 0 < self.recipe.evaluation.early_stopping <= _evaluations_without_gain(stopping):
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -102,8 +140,38 @@ class SegmentationTrainer(transformers.Trainer):
         """The batches of one optimiser step in this process, and the weight of all labels of the step, in all."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.passes = 0
+        self.step_loss = 0.0
         weight = sum((self._label_weight(batch["labels"]) for batch in batches), torch.zeros(()))
         return batches, self.accelerator.reduce(weight.to(device))
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """As `Trainer.training_step`; the loss that is returned is the mean over the processes, for all the same."""
+        loss = self.accelerator.reduce(super().training_step(model, inputs, num_items_in_batch), reduction="mean")
+        self.step_loss = self.step_loss + loss
+        return loss
+
+    def check_loss(self) -> None:
+        """Look at the loss of the optimiser step that is about to be made.
+
+        Raises:
+            FloatingPointError: If it is not finite; the weights are those before the step.
+        """
+        loss = float(self.step_loss)
+        if math.isfinite(loss):
+            return
+        whole = [step for step, folder in checkpoint_folders(self.output).items() if is_complete(folder)]
+        kept = (
+            f"the weights of step {max(whole)} are in {self.output}/checkpoint-{max(whole)}"
+            if whole
+            else ("no checkpoint has been written yet")
+        )
+        raise FloatingPointError(
+            f"The loss of optimiser step {self.state.global_step + 1} is {loss}, needed a finite number; the step was "
+            f"not made, and {kept}. Lower learning_rate, add warmup_steps, clip gradients with max_grad_norm, or "
+            "choose another precision, and start a new run, from those weights with start_from=FOLDER."
+        )
 
     def compute_loss(
         self,
@@ -118,7 +186,7 @@ class SegmentationTrainer(transformers.Trainer):
             num_items_in_batch: Weight of the labels of the whole step; of this pass alone if None.
         """
         # `Trainer` has just put the whole model in training mode; frozen features must not be random.
-        for module in self.accelerator.unwrap_model(model).children():
+        for module in self.accelerator.unwrap_model(model, keep_torch_compile=False).children():
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 module.eval()
         self._draw_stochastic_depth(len(inputs["labels"]))
@@ -146,30 +214,17 @@ class SegmentationTrainer(transformers.Trainer):
     def _label_weight(self, labels: Tensor) -> Tensor:
         return (labels != IGNORE_LABEL).sum().float() if self.loss is None else self.loss.label_weight(labels)
 
-    def _get_output_dir(self, trial) -> str:
-        """Where `Trainer` writes a checkpoint, to be published when it is whole."""
-        return str(Path(self.args.output_dir) / UNFINISHED)
-
-    def _save_checkpoint(self, *args, **kwargs) -> None:
-        super()._save_checkpoint(*args, **kwargs)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
-            if self.average:
-                self.average.save(folder)
-            publish(folder, Path(self.args.output_dir), KEPT_CHECKPOINTS)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A model folder; with adapters, which no model folder has, their and all other weights as they are."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a model folder; with adapters, which no model folder has, their and all other weights as they are."""
         if not has_adapters(self.model):
-            super()._save(output_dir, state_dict)
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = self.model.state_dict() if state_dict is None else state_dict
-        save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / SAFE_WEIGHTS_NAME)
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            weights = {name: weight.contiguous() for name, weight in self.model.state_dict().items()}
+            save_file(weights, folder / SAFE_WEIGHTS_NAME)
 
+    # Not public, but `Trainer.train` calls nothing else to load a checkpoint, before it prepares the model.
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load every weight of the checkpoint, and their average if the recipe has one.
 
@@ -188,32 +243,37 @@ class SegmentationTrainer(transformers.Trainer):
         if self.average:
             self.average.load(Path(resume_from_checkpoint))
 
-    def _finalize_training(self, *args, **kwargs):
-        # `Trainer` would add only this process's losses since the last log.
-        self._tr_loss = self.accelerator.reduce(self._tr_loss, reduction="mean")
-        return super()._finalize_training(*args, **kwargs)
-
     def finish(self) -> dict[str, Tensor] | None:
-        """Give the model the weights to be used: the averaged ones, adapters merged into the layers they adapt.
+        """Give the model the weights to be used: best or last, averaged, adapters merged into the layers they adapt.
 
         Returns:
             Of a model that the processes share (FSDP), all weights, in the main process; None otherwise.
         """
         if self.is_fsdp_enabled:
             return self.accelerator.get_state_dict(self.model)
+        if self.recipe.evaluation.keep_best and self.state.best_global_step:
+            # By the number of the step: the folder of a run may have been moved since. `load_best_model_at_end` would
+            # pass over weights as `_load_from_checkpoint` says, and over the average.
+            self._load_from_checkpoint(str(self.output / f"checkpoint-{self.state.best_global_step}"))
         if self.average:
             self.average.copy_to_model()
         if has_adapters(self.model):
             merge_adapters(self.model)
         return None
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
-        return self.train_sampler
-
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, StreamingDataset):
             return self.train_dataset.loader(self.args.dataloader_num_workers, self.args.dataloader_pin_memory)
-        return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            sampler=self.train_sampler,
+            drop_last=True,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """One image at a time; every process reads its own share, none twice.
@@ -286,4 +346,35 @@ class SegmentationTrainer(transformers.Trainer):
         picture = sample_picture(samples[index]["image"], labels, prediction, title, self.model.config.id2label)
         boards = [each for each in self.callback_handler.callbacks if isinstance(each, TensorBoardCallback)]
         writers = [each.tb_writer for each in boards if each.tb_writer is not None]
-        write_picture(picture, Path(self.args.output_dir), self.state.global_step, index, writers)
+        write_picture(picture, self.output, self.state.global_step, index, writers)
+
+
+def check_sharding(recipe: Recipe, fsdp_version: int) -> None:
+    """Refuse what does not work with a model that the processes share (FSDP).
+
+    Raises:
+        ValueError: If it is FSDP's first version, or the recipe asks for what needs the whole model in each process.
+    """
+    if fsdp_version < 2:
+        raise ValueError(
+            "Got FSDP of the first version, which `accelerate launch --use_fsdp` means by itself; needed is the "
+            "second: launch with `accelerate launch --use_fsdp --fsdp_version 2 ...`."
+        )
+    optimization, model = recipe.optimization, recipe.model
+    asked = {
+        "average_decay": optimization.average_decay,
+        "lora_rank": model.lora_rank,
+        "cache_features": recipe.data.cache_features,
+        "keep_best": recipe.evaluation.keep_best,
+    }
+    names = [name for name, value in asked.items() if value]
+    if names:
+        raise ValueError(
+            f"Got {' and '.join(names)} for a model that the processes share (FSDP); leave it out, or launch without "
+            "FSDP, so that every process holds the model."
+        )
+
+
+def _evaluations_without_gain(early_stopping: dict) -> int:
+    """What a checkpoint says of `EarlyStopping`."""
+    return early_stopping["attributes"]["early_stopping_patience_counter"]

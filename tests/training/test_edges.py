@@ -1,0 +1,238 @@
+"""Where training ends, stops, is divided, continues or is refused in unusual ways."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
+from safetensors.torch import load_file
+from test_trainer import CLASSES, FIELDS, backbone_folder, dataset_folder, make_trainer  # noqa: F401  (fixtures)
+
+from depict_hf import DepictForSemanticSegmentation
+from training import train
+from training.data import digest
+from training.optimization import SegmentationTrainer
+
+
+def run(dataset, backbone, output, *fields, resume=False):
+    arguments = ["camvid_dinov2_small_sa", dataset, str(output), "--backbone", backbone, *FIELDS, "report_to=none"]
+    return train.main([*arguments, "sample_pictures=0", *fields, *(["--resume"] if resume else [])])
+
+
+@pytest.fixture
+def validation_of_each_step(monkeypatch):
+    """Has evaluation report a given mIoU at each optimiser step."""
+
+    def set_values(values: dict[int, float]) -> None:
+        evaluation_loop = SegmentationTrainer.evaluation_loop
+
+        def report(self, *args, **kwargs):
+            output = evaluation_loop(self, *args, **kwargs)
+            output.metrics["eval_mean_iou"] = values[self.state.global_step]
+            return output
+
+        monkeypatch.setattr(SegmentationTrainer, "evaluation_loop", report)
+
+    return set_values
+
+
+def test_steps_and_their_images_do_not_depend_on_the_passes(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+    """Five images in steps of four: the fifth makes no step of its own, however many passes a step has."""
+    steps = []
+    for passes in (1, 2, 4):
+        fields = ["batch_size=4", f"accumulation_steps={passes}", "epochs=3"]
+        trainer = make_trainer(dataset_folder, backbone_folder, tmp_path, *fields)
+        loader = trainer.get_train_dataloader()
+        counts = trainer.set_initial_training_values(trainer.args, loader)
+        assert (counts[1], counts[-1]) == (1, 3)
+        steps.append(torch.cat([batch["labels"] for batch in loader]))
+    assert len(steps[0]) == 4
+    assert all(torch.equal(each, steps[0]) for each in steps)
+
+
+def test_a_compiled_model_keeps_its_frozen_encoder_in_evaluation_mode(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+    trainer = make_trainer(dataset_folder, backbone_folder, tmp_path, "freeze_encoder=true")
+    compiled = torch.compile(trainer.model, backend="eager")
+    batch = next(iter(trainer.get_train_dataloader()))
+    compiled.train()
+    trainer.compute_loss(compiled, batch)
+    assert not any(module.training for module in trainer.model.encoder.modules())
+    assert all(module.training for module in trainer.model.decoder.modules())
+
+
+def test_only_public_methods_of_trainer_are_overridden():
+    own = {name for name in vars(SegmentationTrainer) if hasattr(transformers.Trainer, name)}
+    assert {name for name in own if name.startswith("_") and not name.startswith("__")} == {"_load_from_checkpoint"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["cache_features=true", "gradient_checkpointing=true"], "gradient_checkpointing with cache_features"),
+        ([f"class_names={','.join(map(str, range(256)))}"], "256 class_names, needed at most 255"),
+        (["batch_size=3", "accumulation_steps=2"], "batch_size=3 for 1 processes with accumulation_steps=2"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused_before_anything_is_read(fields, message, tmp_path, capsys):
+    assert train.main(["camvid_dinov2_small_sa", "no data", str(tmp_path), *fields]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_launches_that_cannot_work_are_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    arguments = ["camvid_dinov2_small_sa", "no data", str(tmp_path), "cache_features=false"]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert train.main(arguments) == 1
+    assert "batch_size=8 for 3 processes" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert train.main(arguments) == 1
+    assert "accelerate launch --use_fsdp --fsdp_version 2 ..." in capsys.readouterr().err
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert train.main([*arguments, "keep_best=true", "average_decay=0.9"]) == 1
+    assert "average_decay and keep_best for a model that the processes share" in capsys.readouterr().err
+    assert train.main(arguments) == 1
+    assert "no data" in capsys.readouterr().err  # which is read only now
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_training_before_its_step(
+    value,
+    dataset_folder,  # noqa: F811
+    backbone_folder,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    compute_loss = SegmentationTrainer.compute_loss
+
+    def spoil(self, *args, **kwargs):
+        loss = compute_loss(self, *args, **kwargs)
+        return loss * value if self.state.global_step == 3 else loss
+
+    monkeypatch.setattr(SegmentationTrainer, "compute_loss", spoil)
+    assert run(dataset_folder, backbone_folder, tmp_path, "save_every_steps=1", "epochs=3") == 1
+    message = capsys.readouterr().err
+    assert f"loss of optimiser step 4 is {value}" in message
+    assert f"the weights of step 3 are in {tmp_path}/checkpoint-3" in message
+    weights = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert all(torch.isfinite(each).all() for each in weights.values())
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_the_best_model_is_kept(dataset_folder, backbone_folder, tmp_path, validation_of_each_step):  # noqa: F811
+    """Also its average, after four later checkpoints, and where the run was resumed and its folder moved."""
+    validation_of_each_step({2: 0.3, 4: 0.6, 6: 0.5, 8: 0.2, 10: 0.6})
+    fields = ["epochs=5", "keep_best=true", "average_decay=0.5"]
+    assert run(dataset_folder, backbone_folder, tmp_path / "whole", *fields) == 0
+    expected = load_file(tmp_path / "whole" / "checkpoint-4" / "average.safetensors")
+    assert not torch.equal(
+        expected["decoder.mask_norm.weight"],
+        load_file(tmp_path / "whole" / "checkpoint-10" / "average.safetensors")["decoder.mask_norm.weight"],
+    )
+    trained = DepictForSemanticSegmentation.from_pretrained(tmp_path / "whole").state_dict()
+    for name, weight in expected.items():
+        assert torch.equal(trained[name], weight), name
+
+    # As if it had been killed after its third evaluation and moved.
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "whole", moved)
+    shutil.rmtree(moved / "checkpoint-10")
+    (moved / "model.safetensors").unlink()
+    assert run(dataset_folder, backbone_folder, moved, *fields, resume=True) == 0
+    again = DepictForSemanticSegmentation.from_pretrained(moved).state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in trained.items())
+
+
+def test_training_ends_early_and_stays_ended(dataset_folder, backbone_folder, tmp_path, validation_of_each_step):  # noqa: F811
+    """Two evaluations in a row without a gain; a run resumed before or after that ends at the same step."""
+    validation_of_each_step({2: 0.3, 4: 0.6, 6: 0.6, 8: 0.5, 10: 0.7, 12: 0.8})
+    fields = ["epochs=6", "early_stopping=2"]
+    assert run(dataset_folder, backbone_folder, tmp_path, *fields) == 0
+    trained = load_file(tmp_path / "model.safetensors")
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-4",
+        "checkpoint-6",
+        "checkpoint-8",
+    ]
+    for _ in range(2):  # after its end, then from the checkpoint before
+        (tmp_path / "model.safetensors").unlink()
+        assert run(dataset_folder, backbone_folder, tmp_path, *fields, resume=True) == 0
+        assert not (tmp_path / "checkpoint-10").exists()
+        weights = load_file(tmp_path / "model.safetensors")
+        assert all(torch.equal(weights[name], each) for name, each in trained.items())
+        shutil.rmtree(tmp_path / "checkpoint-8")
+
+
+def test_other_data_do_not_continue_a_run(dataset_folder, backbone_folder, tmp_path, capsys):  # noqa: F811
+    """The same data elsewhere do."""
+    assert run(dataset_folder, backbone_folder, tmp_path / "output", "epochs=1") == 0
+    shutil.copytree(dataset_folder, tmp_path / "copy")
+    assert run(str(tmp_path / "copy"), backbone_folder, tmp_path / "output", "epochs=1", resume=True) == 0
+    data = tmp_path / "copy" / "data"
+    shutil.copy(data / "validation-00000-of-00001.parquet", data / "train-00000-of-00001.parquet")
+    capsys.readouterr()
+    assert run(str(tmp_path / "copy"), backbone_folder, tmp_path / "output", "epochs=1", resume=True) == 1
+    message = capsys.readouterr().err
+    assert "data={'train': {'images': 3" in message and "there {'train': {'images': 5" in message
+    record = json.loads((tmp_path / "output" / "recipe.json").read_text())
+    assert record["processes"] == 1
+
+
+def test_a_digest_is_of_contents_and_their_order(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    for name in ("a.png", "b.png"):
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(tmp_path / "here" / name)
+        shutil.copy(tmp_path / "here" / name, tmp_path / "there")
+        rows.append({"image": {"path": str(tmp_path / "here" / name), "bytes": None}, "label": None})
+    moved = [{"image": {"path": each["image"]["path"].replace("here", "there"), "bytes": None}} for each in rows]
+    stored = [
+        {"image": {"path": path, "bytes": (tmp_path / "here" / path).read_bytes()}} for path in ("a.png", "b.png")
+    ]
+    without_labels = [{"image": each["image"]} for each in rows]
+    assert digest(moved) == digest(stored) == digest(without_labels) != digest(rows)
+    assert digest(reversed(moved)) != digest(moved)
+    changed = bytearray(stored[0]["image"]["bytes"])
+    changed[60] ^= 1
+    assert digest([{"image": {"path": "a.png", "bytes": bytes(changed)}}, stored[1]]) != digest(stored)
+
+
+def test_the_trained_model_is_uploaded_as_it_was_saved(
+    dataset_folder,  # noqa: F811
+    backbone_folder,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    calls = []
+    monkeypatch.setattr(train, "create_repo", lambda name, exist_ok: calls.append(("create", name, exist_ok)))
+
+    def upload_folder(repo_id, folder_path, ignore_patterns):
+        files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+        calls.append(("upload", repo_id, set(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
+        return "https://huggingface.co/me/model/commit/1"
+
+    monkeypatch.setattr(train, "upload_folder", upload_folder)
+    (tmp_path / "README.md").write_text("my own card")
+    assert run(dataset_folder, backbone_folder, tmp_path, "epochs=1", "push_to_hub=me/model") == 0
+    assert calls[0] == ("create", "me/model", True)
+    kind, name, files = calls[1]
+    assert (kind, name, len(calls)) == ("upload", "me/model", 2)
+    needed = {"model.safetensors", "config.json", "preprocessor_config.json", "recipe.json", "evaluation.json"}
+    assert needed | {"README.md"} <= files
+    assert not [each for each in files if each.startswith(("checkpoint", "features", "samples", "deleted"))]
+    assert (tmp_path / "README.md").read_text() == "my own card"
+
+
+def test_a_hub_that_refuses_ends_the_run_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("401 Unauthorized")
+
+    monkeypatch.setattr(train, "create_repo", refuse)
+    assert train.main(["camvid_dinov2_small_sa", "no data", str(tmp_path), "push_to_hub=me/model"]) == 1
+    assert "push_to_hub=me/model, which the Hub did not let be created: 401 Unauthorized" in capsys.readouterr().err
