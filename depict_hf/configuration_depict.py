@@ -1,5 +1,7 @@
 """Every architectural choice of DEPICT and of its black-box counterpart, Segmenter, in one configuration."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
@@ -70,6 +72,7 @@ class DepictConfig(PreTrainedConfig):
         window_stride: Pixels between windows; by default `window_size`.
         semantic_loss_ignore_index: Label that the loss leaves out.
         training_scenes: What the model was trained on, in words that continue "was trained on", for those who use it.
+        temperature: Divides the logits before the softmax that confidences are taken from; labels do not depend on it.
 
     Raises:
         ValueError: If a value is out of its range, or two of them do not fit together.
@@ -113,6 +116,7 @@ class DepictConfig(PreTrainedConfig):
     window_stride: int | None = None
     semantic_loss_ignore_index: int = IGNORE_LABEL
     training_scenes: str | None = None
+    temperature: float | int = 1.0
 
     def __post_init__(self, **kwargs):
         if isinstance(self.backbone_config, dict) and "model_type" not in self.backbone_config:
@@ -125,6 +129,8 @@ class DepictConfig(PreTrainedConfig):
             self._check_encoder()
         self._check_decoder()
         self._check_windows()
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be positive and finite; 1 changes nothing.")
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "DepictConfig":

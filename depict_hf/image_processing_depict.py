@@ -13,7 +13,8 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 from .configuration_depict import IGNORE_LABEL
-from .windows import CoarseScores, label_map, resize_bilinear
+from .resampling import resize_bilinear
+from .windows import CoarseScores, label_map
 
 SIZE_KEYS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
 MAP_MODES = ("1", "L", "P", "I", "F", "LA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N")

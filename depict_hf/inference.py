@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import DepictForSemanticSegmentation
-from .vit import positions_resized_once
-from .windows import CoarseScores, enlarge_to_window, label_map, pad_to_multiple, window_corners
+from .windows import CoarseScores, Segmentation, enlarge_to_window, label_views, pad_to_multiple, window_corners
 
 Photo = PIL.Image.Image | np.ndarray | str | Path
 
@@ -39,7 +37,8 @@ def segment(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     max_batch_pixels: int = MAX_BATCH_PIXELS,
-) -> list[Tensor]:
+    return_confidence: bool = False,
+) -> list[Tensor] | list[Segmentation]:
     """Label every pixel of photographs of any size.
 
     Each photograph is resized by the image processor to its size times each scale; logits are brought back to the
@@ -55,9 +54,13 @@ def segment(
         flip: Whether to add the horizontal mirror image at every scale.
         max_batch_pixels: Pixels of all images or windows that share a forward pass, over photographs, scales and
             flips; bounds the memory that the model needs. A single one that is larger is processed alone.
+        return_confidence: Whether to return how sure each pixel's label is, too. The labels are the same either way.
 
     Returns:
-        Per photograph `(height, width)` class ids, int64, on the CPU.
+        Per photograph `(height, width)` class ids, int64, on the CPU; with confidence, named tuples of those as
+        `labels`, and `confidence` and `margin`, float32, also `(height, width)` and on the CPU: the probability of the
+        label, and what it is above the next class's. Probabilities are the softmax of the logits at the photograph's
+        size, divided by `model.config.temperature`, and averaged over scales and flips.
 
     Raises:
         ValueError: If the model is in training mode, or an argument is not of the form above.
@@ -66,7 +69,7 @@ def segment(
     Source:
         `inference`, segm/model/utils.py in rstrudel/segmenter@20d1bfa.
     """
-    return list(segment_stream(model, image_processor, images, scales, flip, max_batch_pixels))
+    return list(segment_stream(model, image_processor, images, scales, flip, max_batch_pixels, return_confidence))
 
 
 def segment_stream(
@@ -76,7 +79,8 @@ def segment_stream(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     max_batch_pixels: int = MAX_BATCH_PIXELS,
-) -> Iterator[Tensor]:
+    return_confidence: bool = False,
+) -> Iterator[Tensor] | Iterator[Segmentation]:
     """As `segment`, for any number of photographs: one label map after the other, in their order.
 
     Photographs are taken from `images` only as they are needed to fill a forward pass.
@@ -92,7 +96,7 @@ def segment_stream(
         raise ValueError(f"Got scales={scales}, but the image processor does not resize; set its do_resize=True.")
     if max_batch_pixels < 1:
         raise ValueError(f"Got max_batch_pixels={max_batch_pixels}, needed at least 1.")
-    return _stream(model, image_processor, images, scales, flip, max_batch_pixels)
+    return _stream(model, image_processor, images, scales, flip, max_batch_pixels, return_confidence)
 
 
 @dataclass(frozen=True)
@@ -114,16 +118,17 @@ def segment_files(
     model: DepictForSemanticSegmentation,
     image_processor: DepictImageProcessor,
     paths: Iterable[str | Path],
-    finish: Callable[[Path, PIL.Image.Image, Tensor], Any],
+    finish: Callable[[Path, PIL.Image.Image, Any], Any],
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     max_batch_pixels: int = MAX_BATCH_PIXELS,
+    return_confidence: bool = False,
 ) -> Iterator[SegmentedFile]:
     """Segment image files while the next ones are read and decoded, and the last ones are written, by other threads.
 
     Args:
-        finish: Called in another thread, one file at a time and in order, with path, upright photograph and its label
-            map as of `segment`; draws and writes whatever is wanted.
+        finish: Called in another thread, one file at a time and in order, with path, upright photograph and what
+            `segment` returns for it; draws and writes whatever is wanted.
 
     Yields:
         One result per path, in order. Files that cannot be read do not end the run; what `finish` raises does.
@@ -139,19 +144,20 @@ def segment_files(
                 if not isinstance(photo, Exception):
                     yield photo
 
-        def pass_on(labels: Tensor | None) -> None:
+        def pass_on(segmentation: Tensor | Segmentation | None) -> None:
             """Hand the first file in the model, and unreadable ones before it, to the writer."""
             while in_model:
                 path, photo = in_model.popleft()
                 if isinstance(photo, Exception):
                     finishing.append((path, photo))
                 else:
-                    finishing.append((path, writer.submit(finish, path, photo, labels)))
+                    finishing.append((path, writer.submit(finish, path, photo, segmentation)))
                     return
 
-        for labels in segment_stream(model, image_processor, photos(), scales, flip, max_batch_pixels):
-            pass_on(labels)
-            del labels
+        options = (scales, flip, max_batch_pixels, return_confidence)
+        for segmentation in segment_stream(model, image_processor, photos(), *options):
+            pass_on(segmentation)
+            del segmentation
             while len(finishing) > ahead:
                 yield _finished(*finishing.popleft())
         pass_on(None)  # Only unreadable files can be left.
@@ -222,34 +228,32 @@ class _Job:
     size: tuple[int, int]
     views: list[_View] = field(default_factory=list)
 
-    def label(self) -> Tensor:
+    def finish(self, return_confidence: bool, temperature: float) -> Tensor | Segmentation:
         coarse = [
             CoarseScores.from_windows(view.logits, view.corners, view.window, view.size, self.size, view.mirrored)
             for view in self.views
         ]
-        return label_map(coarse).cpu().long()
+        labels, *certainty = label_views(coarse, return_confidence, temperature)
+        labels = labels.cpu().long()
+        return Segmentation(labels, *(each.cpu() for each in certainty)) if return_confidence else labels
 
 
 @torch.inference_mode()
-def _stream(model: DepictForSemanticSegmentation, *arguments) -> Iterator[Tensor]:
-    """As `_label`, whose arguments follow, with what depends on the weights alone done once."""
-    with positions_resized_once(model) if isinstance(model, nn.Module) else nullcontext():
-        yield from _label(model, *arguments)
-
-
-def _label(
+def _stream(
     model: DepictForSemanticSegmentation,
     image_processor: DepictImageProcessor,
     images: Iterable[Photo],
     scales: tuple[float, ...],
     flip: bool,
     max_batch_pixels: int,
-) -> Iterator[Tensor]:
+    return_confidence: bool,
+) -> Iterator[Tensor] | Iterator[Segmentation]:
     """Queue the windows of all photographs; run the model whenever a pass is full."""
     # Photographs whose windows have not all been run, or that wait for an earlier one of those.
     jobs: deque[_Job] = deque()
     queue: list[tuple[Tensor, _View]] = []
     pixels = 0
+    finishing = (return_confidence, getattr(model.config, "temperature", 1.0))
     for photo in images:
         image = _as_tensor(photo, image_processor)
         del photo
@@ -267,10 +271,10 @@ def _label(
             _run(model, queue)
             pixels = 0
         while jobs and _complete(jobs[0]):
-            yield jobs.popleft().label()
+            yield jobs.popleft().finish(*finishing)
     _run(model, queue)
     while jobs:
-        yield jobs.popleft().label()
+        yield jobs.popleft().finish(*finishing)
 
 
 def _complete(job: _Job) -> bool:

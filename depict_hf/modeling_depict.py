@@ -14,16 +14,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 
 from .configuration_depict import DepictConfig
 from .decoders import DECODERS, ContractBroadcastAttention, MaskTransformerDecoder, SubspaceAttention
+from .resampling import product_dtype, resize_bilinear, upsampling_bands, without_autocast
 from .vit import LayerRecord, ViTEmbeddings, ViTEncoder
-from .windows import (
-    cut_windows,
-    enlarge_to_window,
-    merge_windows,
-    pad_to_multiple,
-    resize_bilinear,
-    upsampling_bands,
-    window_corners,
-)
+from .windows import cut_windows, enlarge_to_window, merge_windows, pad_to_multiple, window_corners
 
 # The image-segmentation pipeline logs an error for models that this table does not name.
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["depict"] = "DepictForSemanticSegmentation"
@@ -31,6 +24,10 @@ MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["depict"] = "DepictForSemanticSegm
 # Windows, over all images of the batch, that share one forward pass: enough to keep a processor busy, few enough
 # that their activations do not outgrow those of a training step.
 WINDOWS_PER_PASS = 8
+
+# Devices that check values on their own, and end the program with the message where they find a wrong one. "meta" has
+# no values.
+ASSERTS_LATER = ("cuda", "meta")
 
 
 @dataclass
@@ -196,6 +193,8 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
         Raises:
             ValueError: If an input has the wrong shape, a label is no class id, or layers are asked for where the
                 image is processed by windows.
+            RuntimeError: In place of the ValueError for a label, with the same message but for the label, where the
+                model is compiled. On CUDA the message is printed, and an operation after this call raises.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
@@ -239,12 +238,11 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
 
     def _whole_logits(self, pixel_values: Tensor, encoder_record: LayerRecord, decoder_record: LayerRecord) -> Tensor:
         """Logits of whole images, on the patch grid or, where that would cover padding, at the input's size."""
-        height, width = pixel_values.shape[-2:]
         padded = pad_to_multiple(pixel_values, self.config.encoder_patch_size)
         patches, grid_size = self.encoder(padded, encoder_record)
         logits = self.decoder(patches, grid_size, decoder_record)
         if padded.shape != pixel_values.shape:
-            logits = resize_bilinear(logits, padded.shape[-2:])[..., :height, :width]
+            logits = merge_windows([logits], [(0, 0)], tuple(pixel_values.shape[-2:]), tuple(padded.shape[-2:]))
         return logits
 
     def _needs_windows(self, pixel_values: Tensor) -> bool:
@@ -279,15 +277,17 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
                 f"Got labels of shape {tuple(labels.shape)} and dtype {labels.dtype}, needed integers of shape "
                 f"({pixel_values.shape[0]}, height, width), one map per image."
             )
-        if torch.compiler.is_compiling():
-            return  # The check reads values, which a compiled graph cannot do without breaking.
         ignore_index, num_labels = self.config.semantic_loss_ignore_index, self.config.num_labels
-        wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= num_labels))]
-        if wrong.numel():
-            raise ValueError(
-                f"Got labels {wrong.unique()[:10].tolist()}, needed ids from 0 to {num_labels - 1} or "
-                f"{ignore_index} (ignored); check `num_labels`, `do_reduce_labels` and the mask's encoding."
-            )
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_labels))
+        needed = (
+            f"needed ids from 0 to {num_labels - 1} or {ignore_index} (ignored); check `num_labels`, "
+            "`do_reduce_labels` and the mask's encoding."
+        )
+        if torch.compiler.is_compiling() or labels.device.type in ASSERTS_LATER:
+            # Reading values would break a compiled graph, and have the processor wait for the accelerator.
+            torch._assert_async(~wrong.any(), f"Got labels that are no class ids, {needed}")
+        elif wrong.any():
+            raise ValueError(f"Got labels {labels[wrong].unique()[:10].tolist()}, {needed}")
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
@@ -327,19 +327,20 @@ class _CrossEntropyByBands(torch.autograd.Function):
             labels: `(batch, height, width)`, integers.
         """
         needs_gradient = ctx.needs_input_grad[0]
+        dtype = product_dtype(logits.dtype, logits.device)
         rows = logits.permute(2, 0, 1, 3).contiguous()
         gradient = torch.zeros_like(rows) if needs_gradient else None
         total = logits.new_zeros(())
-        with torch.autocast(logits.device.type, enabled=False):
-            for band, operator, used in upsampling_bands(len(rows), labels.shape[1], rows[0].numel(), logits):
-                scores = torch.tensordot(operator, rows[used], dims=1).log_softmax(dim=2)
+        with without_autocast(logits.device):
+            for band, operator, used in upsampling_bands(len(rows), labels.shape[1], rows[0].numel(), logits, dtype):
+                scores = torch.tensordot(operator, rows[used].to(dtype), dims=1).to(logits.dtype).log_softmax(dim=2)
                 targets = labels[:, band].transpose(0, 1)[:, :, None]
                 kept = targets != ignore_index
                 targets = torch.where(kept, targets, 0).long()
                 total -= (scores.gather(2, targets) * kept).sum()
                 if needs_gradient:
                     scores = scores.exp_().scatter_add_(2, targets, scores.new_full((), -1).expand(targets.shape))
-                    gradient[used] += torch.tensordot(operator.T, scores.mul_(kept), dims=1)
+                    gradient[used] += torch.tensordot(operator.T, scores.mul_(kept).to(dtype), dims=1)
         if needs_gradient:
             ctx.save_for_backward(gradient)
         return total

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .configuration_depict import DepictConfig
 from .modeling_depict import DepictSemanticSegmenterOutput
-from .windows import resize_bilinear
+from .windows import merge_windows
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -127,5 +127,5 @@ class OnnxModel:
         patch_size = self.config.encoder_patch_size
         if self._output == "patch_logits" and (height % patch_size or width % patch_size):
             padded_size = (height + -height % patch_size, width + -width % patch_size)
-            logits = resize_bilinear(logits, padded_size)[..., :height, :width]
+            logits = merge_windows([logits], [(0, 0)], (height, width), padded_size)
         return DepictSemanticSegmenterOutput(logits=logits)

@@ -1,7 +1,6 @@
 """The native encoder: the plain pre-norm vision transformer of the published code."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,9 +15,6 @@ from .configuration_depict import DepictConfig
 
 # Attention weights that `attend_by_heads` forms at a time.
 WEIGHTS_TOGETHER = 2**22
-
-# Grids that position embeddings are kept for within `positions_resized_once`.
-MAX_RESIZED = 16
 
 
 @dataclass
@@ -209,7 +205,7 @@ class ViTLayer(GradientCheckpointingLayer):
 
 def drop_path_rates(last: float, num_layers: int) -> list[float]:
     """Stochastic depth per layer, growing linearly from 0 to `last`."""
-    return torch.linspace(0, last, num_layers, device="cpu").tolist()
+    return [last * index / max(num_layers - 1, 1) for index in range(num_layers)]
 
 
 def resize_positions(positions: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> Tensor:
@@ -251,7 +247,6 @@ class ViTEmbeddings(nn.Module):
         )
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.resized: dict[tuple[int, int], Tensor] | None = None
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
         patches = self.projection(pixel_values)
@@ -259,31 +254,8 @@ class ViTEmbeddings(nn.Module):
         tokens = [self.cls_token] if self.distillation_token is None else [self.cls_token, self.distillation_token]
         tokens = [token.expand(patches.shape[0], -1, -1) for token in tokens]
         hidden_states = torch.cat([*tokens, patches.flatten(2).transpose(1, 2)], dim=1)
-        return self.dropout(hidden_states + self._positions(grid_size)), grid_size
-
-    def _positions(self, grid_size: tuple[int, int]) -> Tensor:
-        # Compiled graphs must not depend on what has been resized before.
-        resized = None if torch.compiler.is_compiling() else self.resized
-        if resized is None:
-            return resize_positions(self.position_embeddings, self.grid_size, grid_size)
-        if grid_size not in resized:
-            if len(resized) == MAX_RESIZED:
-                resized.clear()
-            resized[grid_size] = resize_positions(self.position_embeddings, self.grid_size, grid_size)
-        return resized[grid_size]
-
-
-@contextmanager
-def positions_resized_once(model: nn.Module) -> Iterator[None]:
-    """Within, the native encoder resizes its position embeddings once per grid; its weights must stay as they are."""
-    embeddings = [module for module in model.modules() if isinstance(module, ViTEmbeddings)]
-    for each in embeddings:
-        each.resized = {}
-    try:
-        yield
-    finally:
-        for each in embeddings:
-            each.resized = None
+        positions = resize_positions(self.position_embeddings, self.grid_size, grid_size)
+        return self.dropout(hidden_states + positions), grid_size
 
 
 class ViTEncoder(nn.Module):

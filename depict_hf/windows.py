@@ -1,26 +1,46 @@
-"""Pure functions on images and logits larger than one window: cut, merge, resize, label."""
+"""Pure functions on images and logits larger than one window: cut, merge, label by bands."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores that are upsampled at a time: on a CPU few enough to stay in its cache, else enough to keep a processor busy.
-BAND_ELEMENTS = {"cpu": 2**19}
+from .resampling import (
+    BAND_ELEMENTS,
+    Axis,
+    Band,
+    axis_operator,
+    band_height,
+    product_dtype,
+    resample,
+    resize_bilinear,
+    upsampling_bands,
+    without_autocast,
+)
+
+__all__ = [
+    "BAND_ELEMENTS",
+    "STRIP_ELEMENTS",
+    "CoarseScores",
+    "Segmentation",
+    "axis_operator",
+    "cut_windows",
+    "enlarge_to_window",
+    "label_map",
+    "label_views",
+    "merge_windows",
+    "pad_to_multiple",
+    "resize_bilinear",
+    "upsampling_bands",
+    "window_corners",
+    "window_starts",
+]
+
 # Scores that are enlarged in width only, for all rows at a time: bounds the memory of large photographs.
 STRIP_ELEMENTS = 2**24
-
-
-def resize_bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize `(batch, channels, height, width)` to `size` = (height, width) pixels, without antialiasing.
-
-    Returns the input itself where the size already fits.
-    """
-    if tuple(images.shape[-2:]) == tuple(size):
-        return images
-    return F.interpolate(images, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def pad_to_multiple(pixel_values: Tensor, multiple: int) -> Tensor:
@@ -74,46 +94,11 @@ def cut_windows(pixel_values: Tensor, corners: list[tuple[int, int]], window_siz
     return torch.cat([pixel_values[..., y : y + window_size, x : x + window_size] for y, x in corners])
 
 
-def axis_operator(
-    grid_length: int, starts: Sequence[int], window_length: int, length: int, target_length: int
-) -> Tensor:
-    """What merging windows and resizing the result does along one axis, as a matrix.
-
-    Upsampling a window bilinearly, averaging windows where they overlap (their corners form a grid) and resizing the
-    average are linear, and each does the same to every row and to every column. So the merged image is
-    `vertical @ mosaic @ horizontal^T` for every class, and any band of its rows can be had alone. The matrix is what
-    `F.interpolate` itself makes of the unit matrix.
-
-    Args:
-        grid_length: Scores that a window has along the axis.
-        starts: First pixel of each window, ascending.
-        window_length: Pixels of a window; what lies beyond `length` (padding) is cut off.
-        length: Pixels of the image that the windows cover.
-        target_length: Pixels of the result.
-
-    Returns:
-        `(target_length, len(starts) * grid_length)`, float32, on the CPU; every row sums to 1.
-    """
-    upsample = _resize_rows(torch.eye(grid_length), window_length)
-    if len(starts) == 1:
-        return _resize_rows(upsample[:length], target_length)
-    total = torch.zeros(length, len(starts), grid_length)
-    count = torch.zeros(length, 1, 1)
-    for index, start in enumerate(starts):
-        total[start : start + window_length, index] += upsample
-        count[start : start + window_length] += 1
-    return _resize_rows(total.div_(count).flatten(1), target_length)
-
-
-def _resize_rows(matrix: Tensor, length: int) -> Tensor:
-    return resize_bilinear(matrix[None, None], (length, matrix.shape[1]))[0, 0]
-
-
 def merge_windows(
     window_logits: Sequence[Tensor],
     corners: Sequence[tuple[int, int]],
     size: tuple[int, int],
-    window_size: int,
+    window_size: int | tuple[int, int],
     target_size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Average window logits where windows overlap.
@@ -122,33 +107,38 @@ def merge_windows(
         window_logits: Per corner `(batch, num_labels, h, w)`, of the window's size or coarser; coarser ones are
             upsampled.
         corners: (top, left) pixels per window as of `window_corners`; together the windows cover the image.
-        size: (height, width) pixels of the image.
+        size: (height, width) pixels of the image. Where it is less than the only window, the rest is padding, which is
+            cut off.
+        window_size: Pixels of a window, one number or (height, width).
         target_size: (height, width) pixels that the average is resized to; `size` if omitted.
 
     Returns:
-        `(batch, num_labels, *target_size)`, in the dtype of the windows; sums are kept in float32.
+        `(batch, num_labels, *target_size)`, in the dtype of the windows; sums are kept in float32 at least.
 
     Source:
         `merge_windows`, segm/model/utils.py in rstrudel/segmenter@20d1bfa, up to the division by the counts.
     """
-    first = window_logits[0]
-    axes = zip(_starts(corners), first.shape[-2:], size, target_size or size, strict=True)
-    vertical, horizontal = (
-        axis_operator(grid, starts, window_size, length, target).to(first.device)
-        for starts, grid, length, target in axes
-    )
-    tops, lefts = _starts(corners)
-    mosaic = torch.stack(list(window_logits)).float().unflatten(0, (len(tops), len(lefts)))
+    window = (window_size, window_size) if isinstance(window_size, int) else window_size
+    vertical, horizontal = _axes(window_logits[0], corners, window, size, target_size or size)
+    mosaic = torch.stack(list(window_logits)).unflatten(0, (len(vertical.starts), len(horizontal.starts)))
     # (tops, lefts, batch, labels, h, w) to (batch, labels, tops * h, lefts * w)
-    mosaic = mosaic.permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)
-    with torch.autocast(first.device.type, enabled=False):
-        return (vertical @ (mosaic @ horizontal.T)).to(first.dtype)
+    return resample(mosaic.permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3), vertical, horizontal)
 
 
-def _starts(corners: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Tops and lefts of windows in row-major order."""
-    lefts = [left for top, left in corners if top == corners[0][0]]
-    return [top for top, _ in corners[:: len(lefts)]], lefts
+def _axes(
+    logits: Tensor,
+    corners: Sequence[tuple[int, int]],
+    window: tuple[int, int],
+    size: tuple[int, int],
+    target_size: tuple[int, int],
+    mirrored: bool = False,
+) -> tuple[Axis, Axis]:
+    """The vertical and the horizontal axis of windows in row-major order, whose logits are `(..., h, w)`."""
+    lefts = tuple(left for top, left in corners if top == corners[0][0])
+    tops = tuple(top for top, _ in corners[:: len(lefts)])
+    (grid_height, grid_width), (height, width) = logits.shape[-2:], target_size
+    vertical = Axis(grid_height, tops, window[0], size[0], height)
+    return vertical, Axis(grid_width, lefts, window[1], size[1], width, mirrored)
 
 
 @dataclass(frozen=True)
@@ -157,13 +147,13 @@ class CoarseScores:
 
     Args:
         mosaic: `(rows, columns, num_labels)`: the scores of all windows side by side, any floating type, any device.
-        vertical: `(height, rows)`, of `axis_operator`.
-        horizontal: `(width, columns)`, of `axis_operator`; upside down for a mirrored view.
+        vertical: From `rows` to the image's height.
+        horizontal: From `columns` to the image's width; against it for a mirrored view.
     """
 
     mosaic: Tensor
-    vertical: Tensor
-    horizontal: Tensor
+    vertical: Axis
+    horizontal: Axis
 
     @classmethod
     def from_windows(
@@ -185,88 +175,123 @@ class CoarseScores:
             target_size: (height, width) pixels wanted.
             mirrored: Whether the image was a mirror image, so that the scores have to be mirrored back.
         """
-        tops, lefts = _starts(corners)
-        grid_height, grid_width = window_logits[0].shape[-2:]
-        vertical = axis_operator(grid_height, tops, window[0], size[0], target_size[0])
-        horizontal = axis_operator(grid_width, lefts, window[1], size[1], target_size[1])
-        mosaic = torch.stack(list(window_logits)).unflatten(0, (len(tops), len(lefts)))
+        vertical, horizontal = _axes(window_logits[0], corners, window, size, target_size, mirrored)
+        mosaic = torch.stack(list(window_logits)).unflatten(0, (len(vertical.starts), len(horizontal.starts)))
         # (tops, lefts, labels, h, w) to (tops * h, lefts * w, labels)
-        mosaic = mosaic.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-        return cls(mosaic, vertical, horizontal.flip(0) if mirrored else horizontal)
+        return cls(mosaic.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1), vertical, horizontal)
+
+
+class Segmentation(NamedTuple):
+    """What is known of every pixel of an image, `(height, width)` each.
+
+    Attributes:
+        labels: Class ids.
+        confidence: Probability of the label, float32, where it was asked for.
+        margin: That probability minus the one of the likeliest other class, float32, where it was asked for; 0 where
+            two classes are equally likely.
+    """
+
+    labels: Tensor
+    confidence: Tensor | None = None
+    margin: Tensor | None = None
 
 
 def label_map(views: Sequence[CoarseScores]) -> Tensor:
+    """The labels of `label_views`."""
+    return label_views(views).labels
+
+
+def label_views(
+    views: Sequence[CoarseScores], return_confidence: bool = False, temperature: float = 1.0
+) -> Segmentation:
     """The class with the highest score, or with the highest probability over several views, of every pixel.
 
     Full-size scores exist only for a band of rows and columns at a time, in float32. Equal to upsampling everything,
     up to float32 rounding.
 
     Args:
-        views: One, whose scores are compared directly, or several, whose softmax is added up; on one device.
+        views: One, whose scores are compared directly, or several, whose softmax is averaged; on one device.
+        return_confidence: Whether confidence and margin are computed too; the labels are the same either way.
+        temperature: Divides the scores of every view before the softmax that confidence and margin are taken from,
+            never those that decide the label. Over several views another class than the label can then be likelier;
+            the margin is negative there.
 
     Returns:
-        `(height, width)`, uint8, or int64 where there are more than 256 classes, on the views' device.
+        Labels uint8, or int64 where there are more than 256 classes; all on the views' device.
     """
     device, num_labels = views[0].mosaic.device, views[0].mosaic.shape[-1]
-    height, width = len(views[0].vertical), len(views[0].horizontal)
-    labels = torch.empty(height, width, dtype=torch.uint8 if num_labels <= 256 else torch.int64, device=device)
+    height, width = views[0].vertical.target_length, views[0].horizontal.target_length
+    label_dtype = torch.uint8 if num_labels <= 256 else torch.int64
+    if not return_confidence and len(views) == 1 and views[0].vertical.is_identity and views[0].horizontal.is_identity:
+        return Segmentation(views[0].mosaic.argmax(dim=-1).to(label_dtype))
+    dtypes = (label_dtype, torch.float32, torch.float32)[: 3 if return_confidence else 1]
+    parts = [torch.empty(height, width, dtype=dtype, device=device) for dtype in dtypes]
+    dtype = product_dtype(views[0].mosaic.dtype, device)
     coarse_rows = sum(len(view.mosaic) for view in views)
     tile_width = min(width, max(64, STRIP_ELEMENTS // (coarse_rows * num_labels)))
-    band_height = _band_height(device, tile_width * num_labels)
-    rows = [slice(top, top + band_height) for top in range(0, height, band_height)]
-    with torch.autocast(device.type, enabled=False):
-        bands = [[_band(view.vertical[each], device) for view in views] for each in rows]
-        mosaics = [view.mosaic.float() for view in views]
-        for left in range(0, width, tile_width):
-            columns = slice(left, left + tile_width)
-            strips = [view.horizontal[columns].to(device) @ mosaic for view, mosaic in zip(views, mosaics, strict=True)]
-            for each, operators in zip(rows, bands, strict=True):
-                labels[each, columns] = _best(strips, operators)
-    return labels
+    tiles = zip(*(view.horizontal.bands(tile_width, dtype, device) for view in views), strict=True)
+    rows = band_height(device, tile_width * num_labels)
+    bands = list(zip(*(view.vertical.bands(rows, dtype, device) for view in views), strict=True))
+    with without_autocast(device):
+        mosaics = [view.mosaic.to(dtype) for view in views]
+        for tile in tiles:
+            strips = [_columns_of(mosaic, each) for mosaic, each in zip(mosaics, tile, strict=True)]
+            for band in bands:
+                scores = (_rows_of(strip, each).float() for strip, each in zip(strips, band, strict=True))
+                decide = _decide_together if len(views) > 1 else _decide
+                for part, values in zip(parts, decide(scores, return_confidence, temperature), strict=True):
+                    part[band[0].rows, tile[0].rows] = values
+    return Segmentation(*parts)
 
 
-def _best(strips: list[Tensor], operators: list[tuple[Tensor, Tensor | slice]]) -> Tensor:
-    """Best class of each pixel of one band of one tile."""
-    total = None
-    for strip, (operator, used) in zip(strips, operators, strict=True):
-        scores = torch.tensordot(operator, strip[used], dims=1)
-        if len(strips) > 1:
-            scores = scores.softmax(dim=-1)
-            total = scores if total is None else total.add_(scores)
-    return (scores if total is None else total).argmax(dim=-1)
+def _columns_of(mosaic: Tensor, band: Band) -> Tensor:
+    """`(rows, columns, num_labels)` to `(rows, columns of the band, num_labels)`."""
+    columns = mosaic[:, band.used]
+    return columns if band.matrix is None else band.matrix @ columns
 
 
-def upsampling_bands(
-    length: int, target_length: int, row_elements: int, like: Tensor
-) -> Iterator[tuple[slice, Tensor, slice]]:
-    """Upsampling along one axis, band by band: `target[band] = operator @ rows[used]`.
+def _rows_of(strip: Tensor, band: Band) -> Tensor:
+    """`(rows, columns, num_labels)` to `(rows of the band, columns, num_labels)`, which nobody else holds."""
+    rows = strip[band.used]
+    return rows.clone() if band.matrix is None else torch.tensordot(band.matrix, rows, dims=1)
+
+
+def _decide(scores: Iterable[Tensor], return_confidence: bool, temperature: float) -> tuple[Tensor, ...]:
+    """Label and, where asked for, confidence and margin of each pixel.
 
     Args:
-        length: Number of rows.
-        target_length: Number of rows wanted.
-        row_elements: Elements of a row; decides how high a band is.
-        like: Its dtype and device are the operators'.
-
-    Yields:
-        Rows of the target, operator `(rows of the target, rows used)`, rows used.
+        scores: Of one view, `(height, width, num_labels)`, float32; overwritten.
     """
-    operator = _resize_rows(torch.eye(length, dtype=like.dtype), target_length)
-    height = _band_height(like.device, row_elements)
-    for top in range(0, target_length, height):
-        band = slice(top, min(top + height, target_length))
-        used = operator[band].any(dim=0).nonzero()[:, 0]
-        used = slice(int(used[0]), int(used[-1]) + 1)
-        yield band, operator[band, used].to(like.device), used
+    [scores] = scores
+    labels = scores.argmax(dim=-1)
+    if not return_confidence:
+        return (labels,)
+    index = labels[..., None]
+    # Relative to the label's score, whose own term is 1.
+    others = scores.sub_(scores.gather(-1, index)).div_(temperature).scatter_(-1, index, -torch.inf)
+    runner_up = others.amax(dim=-1).exp()
+    confidence = 1 / (1 + others.exp_().sum(dim=-1))
+    return labels, confidence, confidence * (1 - runner_up)
 
 
-def _band_height(device: torch.device, row_elements: int) -> int:
-    return max(1, BAND_ELEMENTS.get(device.type, 2**25) // row_elements)
+def _decide_together(scores: Iterable[Tensor], return_confidence: bool, temperature: float) -> tuple[Tensor, ...]:
+    """As `_decide`, by the average of the probabilities of several views."""
+    total = tempered = None
+    num_views = 0
+    for each in scores:
+        total = _add(total, each.softmax(dim=-1))
+        if return_confidence and temperature != 1:
+            tempered = _add(tempered, each.div_(temperature).softmax(dim=-1))
+        num_views += 1
+    labels = total.argmax(dim=-1)
+    if not return_confidence:
+        return (labels,)
+    index = labels[..., None]
+    probabilities = (total if temperature == 1 else tempered).div_(num_views)
+    confidence = probabilities.gather(-1, index)[..., 0]
+    runner_up = probabilities.scatter_(-1, index, 0).amax(dim=-1)
+    return labels, confidence, confidence - runner_up
 
 
-def _band(operator: Tensor, device: torch.device) -> tuple[Tensor, Tensor | slice]:
-    """Rows of an operator without the columns that are zero in all of them, and which columns remain."""
-    used = operator.any(dim=0).nonzero()[:, 0]
-    first, last = int(used[0]), int(used[-1])
-    if last - first < 2 * len(used):  # a slice copies nothing
-        return operator[:, first : last + 1].to(device), slice(first, last + 1)
-    return operator[:, used].to(device), used.to(device)
+def _add(total: Tensor | None, values: Tensor) -> Tensor:
+    return values if total is None else total.add_(values)

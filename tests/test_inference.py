@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from depict_hf import DepictImageProcessor, vit
+from depict_hf import DepictImageProcessor
 from depict_hf.inference import load_photo, segment, segment_files, segment_stream
 from training.evaluation.measurement import peak_extra_bytes
 
@@ -45,32 +45,6 @@ def test_single_scale_goes_by_way_of_the_inputs_size(photo, image_processor):
     pixels = image_processor(square, return_tensors="pt")["pixel_values"]
     expected = resize(resize(model(pixels).logits, (32, 32)), (50, 50)).argmax(dim=1)[0]
     assert torch.equal(segment(model, image_processor, [square])[0], expected)
-
-
-def test_positions_are_resized_once_per_grid_in_a_call(photo, image_processor, monkeypatch):
-    """Grids of 4x6 and 6x9 patches, each for three photographs and their mirror images, in passes of their own."""
-    model = tiny_model("ca")
-    grids = []
-
-    def resize_and_count(positions, grid_size, new_grid_size):
-        grids.append(new_grid_size)
-        return vit_resize(positions, grid_size, new_grid_size)
-
-    vit_resize = vit.resize_positions
-    monkeypatch.setattr(vit, "resize_positions", resize_and_count)
-    arguments = (image_processor, [photo] * 3, (1.0, 1.5), True)
-    maps = segment(model, *arguments, max_batch_pixels=1)
-    assert grids == [(4, 6), (6, 9)]
-    model.encoder.embeddings.position_embeddings.data.mul_(-3)
-    changed = segment(model, *arguments, max_batch_pixels=1)
-    assert len(grids) == 4
-    assert not torch.equal(maps[0], changed[0])
-    [alone] = segment(model, image_processor, [photo], (1.0, 1.5), True)
-    assert torch.equal(changed[0], alone)
-    with torch.no_grad():
-        model(torch.zeros(1, 3, 16, 16))
-        model(torch.zeros(1, 3, 16, 16))
-    assert len(grids) == 8  # outside, weights may change between any two passes
 
 
 def test_scales_and_flips_are_averaged_as_probabilities(photo, image_processor):
