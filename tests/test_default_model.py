@@ -24,6 +24,12 @@ def test_it_is_found_from_anywhere(tmp_path, monkeypatch):
         load_model("./default")
 
 
+def test_its_windows_overlap():
+    """Fails if the borders of windows show in label maps again."""
+    config = default_model()[0].config
+    assert config.window_stride <= config.window_size // 2
+
+
 def test_another_dtype_is_had_by_asking():
     assert default_model(dtype="bfloat16")[0].dtype == torch.bfloat16
 
