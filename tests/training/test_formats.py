@@ -74,6 +74,9 @@ def names_of(splits) -> dict[str, list[str]]:
         ("{}.png", "{}_label.png"),
         ("{}.jpg", "masks/{}.png"),
         ("mine/2024/images/a/{}.jpg", "mine/2024/masks/a/{}.png"),
+        ("images/{}.png", "labels/{}_P.png"),
+        ("images/{}_left.png", "gt/{}.png"),
+        ("images/{}.jpg", "annotations/trimaps/{}.png"),
     ],
 )
 def test_photographs_and_label_maps_find_each_other(tmp_path, photograph, label_map):
@@ -118,6 +121,19 @@ def test_splits_of_photographs_hold_for_label_maps_without(tmp_path):
     mask(tmp_path / "masks" / "c.png")
     with pytest.raises(ValueError, match=r"1 of 3 photographs, such as images/c\.jpg, lie in no folder of a split"):
         load_dataset_splits(tmp_path)
+
+
+def test_lists_of_names_are_splits_where_there_are_no_folders(tmp_path):
+    for name in "abc":
+        photo(tmp_path / "images" / f"{name}.jpg")
+        mask(tmp_path / "masks" / f"{name}.png")
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "train.txt").write_text("c\nimages/a.jpg\n")
+    (tmp_path / "splits" / "val.txt").write_text("b\n")
+    assert names_of(load_dataset_splits(tmp_path)) == {"train": ["a.jpg", "c.jpg"], "validation": ["b.jpg"]}
+    # Lists that leave some out say nothing.
+    (tmp_path / "splits" / "val.txt").write_text("")
+    assert names_of(load_dataset_splits(tmp_path)) == {"train": ["a.jpg", "b.jpg", "c.jpg"]}
 
 
 def test_files_without_a_counterpart_are_left_out_and_named(tmp_path):
@@ -190,6 +206,19 @@ def test_colours_become_ids_by_a_table(tmp_path, table, mode):
     assert np.array_equal(ids_of(load_dataset_splits(tmp_path))[0], ROWS[::-1])
 
 
+def test_colours_become_ids_beside_metadata(tmp_path):
+    photo(tmp_path / "train" / "a.jpg")
+    color_mask(tmp_path / "train" / "a_mask.png")
+    (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "a.jpg", "label_file_name": "a_mask.png"}\n')
+    with pytest.raises(ValueError, match=r"hold colours, and no table says"):
+        load_dataset_splits(tmp_path)
+    (tmp_path / "classes.csv").write_text(TABLES["classes.csv"])
+    splits = load_dataset_splits(tmp_path)
+    assert splits.class_names == ("wall", "crack", "moss")
+    assert np.array_equal(ids_of(splits)[0], ROWS)
+    assert splits.layout == "an imagefolder, coloured as classes.csv says"
+
+
 def test_a_table_names_the_classes_of_masks_that_hold_ids_already(tmp_path):
     photo(tmp_path / "images" / "a.jpg")
     mask(tmp_path / "masks" / "a.png")
@@ -238,6 +267,19 @@ def test_colours_beyond_the_table_and_transparency_are_refused_together(tmp_path
     assert lines[0] == "2 of 3 label maps cannot be made:"
     assert "a.png: 1 of its colours are not in classes.csv: #010203 (100.0%)" in lines[1]
     assert "c.png: it is partly transparent" in lines[2]
+
+
+def test_damaged_masks_are_left_to_the_check_of_all_files(tmp_path):
+    for name in "ab":
+        photo(tmp_path / "images" / f"{name}.jpg")
+        color_mask(tmp_path / "masks" / f"{name}.png", np.random.default_rng(0).choice([0, 1, 2], (4, 6)))
+    (tmp_path / "classes.csv").write_text(TABLES["classes.csv"])
+    data = (tmp_path / "masks" / "b.png").read_bytes()
+    (tmp_path / "masks" / "b.png").write_bytes(data[: len(data) * 3 // 4])
+    samples = SegmentationDataset(load_dataset_splits(tmp_path)["train"], 3)
+    assert samples[0]["labels"].shape == (4, 6)
+    with pytest.raises(UnreadableImageError, match=r"label map .*masks/b\.png"):
+        samples[1]
 
 
 def test_masks_of_many_colours_are_no_label_maps(tmp_path):

@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 from depict_hf.labels import read_class_names
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-CLASS_FILES = ("id2label.json", "classes.txt", "class_names.txt", "labels.txt")
+CLASS_FILES = ("id2label.json", "classes.txt", "class_names.txt", "labels.txt", "codes.txt")
 # What `datasets` takes for the names of splits, too.
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),

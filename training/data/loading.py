@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
-from .formats import Tree, describe_unknown, find_format
+from .formats import Tree, describe_unknown, find_format, resolve_colors
 from .imagefolder import find_class_names, find_metadata, load_imagefolder
 from .layouts import Splits, dataset_of_files, find_layout
 from .naming import names_in_features, names_in_readme
@@ -69,7 +69,8 @@ def _load_folder(folder: Path, streaming: bool) -> Splits:
         return _streamed(official) if streaming else official
     if metadata:
         splits = load_imagefolder(folder, metadata, streaming)
-        return Splits(splits, "an imagefolder", find_class_names(folder), folder=folder)
+        own = Splits(splits, "an imagefolder", find_class_names(folder), folder=folder)
+        return own if streaming else _with_ids(own, folder)
     if (folder / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(folder))
         named = _named(Splits(saved, "a dataset saved to disk", find_class_names(folder), folder=folder))
@@ -89,6 +90,33 @@ def _load_folder(folder: Path, streaming: bool) -> Splits:
     except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
         raise ValueError(f"{unknown}\n(As a folder in Hub layout it cannot be read: {error})") from error
     return _named(Splits(splits, "a folder in Hub layout", find_class_names(folder), folder=folder))
+
+
+def _with_ids(splits: Splits, folder: Path) -> Splits:
+    """The same splits with ids in place of the colours of label maps, where these are files and coloured."""
+    columns, paths = {}, {}
+    for name, split in splits.items():
+        try:
+            columns[name] = find_columns(split.features)[1]
+        except ValueError:
+            return splits  # a recipe may name the columns
+        rows = split.select_columns(columns[name]).cast_column(columns[name], datasets.Image(decode=False))
+        paths[name] = [(row[columns[name]] or {}).get("path") for row in rows]
+    every = [path for each in paths.values() for path in each]
+    if not all(path is not None and Path(path).is_file() for path in every):
+        return splits  # reported with all other files that cannot be read
+    colored = resolve_colors(folder, [Path(path) for path in every])
+    if colored.source is None:
+        splits.class_names = splits.class_names or colored.class_names
+        return splits
+    drawn = iter(colored.paths)
+    replaced = {}
+    for name, split in splits.items():
+        files = [str(next(drawn)) for _ in paths[name]]
+        rest = split.remove_columns(columns[name]).add_column(columns[name], files)
+        replaced[name] = rest.cast_column(columns[name], datasets.Image())
+    layout = f"{splits.layout}, coloured as {colored.source} says"
+    return Splits(replaced, layout, colored.class_names, notes=colored.notes, folder=folder)
 
 
 def _named(splits: Splits) -> Splits:

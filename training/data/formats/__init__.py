@@ -1,6 +1,7 @@
 """A user's own annotations in usual formats, found by themselves: photographs and label maps of ids, by split."""
 
 from .coco import find_coco
+from .colors import resolve_colors
 from .cvat import find_cvat
 from .found import Found, Tree
 from .labelme import find_labelme
@@ -21,7 +22,7 @@ SUPPORTED = (
     "ADE20K, Cityscapes, Pascal Context or CamVid as their owners lay them out",
 )
 
-__all__ = ["SUPPORTED", "Found", "Tree", "describe_unknown", "find_format"]
+__all__ = ["SUPPORTED", "Found", "Tree", "describe_unknown", "find_format", "resolve_colors"]
 
 
 def find_format(tree: Tree) -> Found | None:

@@ -52,7 +52,7 @@ def resolve_colors(folder: Path, paths: Sequence[Path], ignored: Sequence[Color]
     modes = [_mode(path) for path in paths]
     if table is None:
         colored = [path for path, mode in zip(paths, modes, strict=True) if mode in ("RGB", "RGBA")]
-        _refuse_colors(folder, colored)
+        _refuse_colors(folder, colored, len(paths))
         return Colored(list(paths))
     greys = all(len(set(color)) == 1 for color in table.classes) and max(table.classes) > (len(table.classes),) * 3
     by_color = [mode in ("RGB", "RGBA", "P") or (greys and mode == "L") for mode in modes]
@@ -60,7 +60,7 @@ def resolve_colors(folder: Path, paths: Sequence[Path], ignored: Sequence[Color]
         return Colored(list(paths), table.class_names)
     table = ColorTable(table.path, table.class_names, dict.fromkeys(ignored, 255) | table.classes)
     drawings = [
-        Drawing(str(path), (state_key(path), str(sorted(table.classes.items()))), partial(_draw, path, table))
+        Drawing(str(path), (state_key(path), str(sorted(table.classes.items()))), partial(_draw, path, table), path)
         for path, colored in zip(paths, by_color, strict=True)
         if colored
     ]
@@ -106,8 +106,16 @@ def _draw(path: Path, table: ColorTable) -> np.ndarray:
     )
 
 
-def _refuse_colors(folder: Path, paths: Sequence[Path]) -> None:
-    """Refuse label maps that are coloured, not grey; of many, some are read."""
+def _refuse_colors(folder: Path, paths: Sequence[Path], count: int) -> None:
+    """Refuse label maps most of which are coloured, not grey; of many, some are read.
+
+    Where only a few are, among maps of ids, they are reported with all other files that do not suit.
+
+    Args:
+        folder: Where a table of colours may be written.
+        paths: Those that may be coloured.
+        count: Of all label maps.
+    """
     step = max(len(paths) // _READ_FOR_LISTING, 1)
     counts: Counter[int] = Counter()
     colored = []
@@ -121,7 +129,7 @@ def _refuse_colors(folder: Path, paths: Sequence[Path]) -> None:
         if any(len(set(_unpacked(value))) > 1 for value in values.tolist()):
             colored.append(path)
             counts.update(dict(zip(values.tolist(), pixel_counts.tolist(), strict=True)))
-    if not colored:
+    if len(colored) * step * 2 < count:
         return
     total = counts.total()
     listing = [

@@ -12,10 +12,10 @@ from .found import Found, Tree, listed, words
 _IMAGE_WORDS = r"images?|imgs?|photos?|photographs?|pictures?|rgb|inputs?|sat"
 _LABEL_WORDS = (
     r"masks?|labels?|annotations?|annots?|annos?|gts?|(?:ground)?truth|segs?|segmentations?|labelmaps?|labelimage|"
-    r"targets?"
+    r"targets?|trimaps?|mattes?|semantics?"
 )
 # Say nothing of their own beside the words above.
-_FILLERS = r"jpe?g|png|data|files?|maps?|ground|class|semantic|set|split|part|ids?"
+_FILLERS = r"jpe?g|png|data|files?|maps?|ground|class|set|split|part|ids?"
 _AT_ENDS = f"(?:{_IMAGE_WORDS}|{_LABEL_WORDS}|ground|map)"
 _PREFIX = re.compile(rf"^{_AT_ENDS}[_\-. ]+", re.IGNORECASE)
 _SUFFIX = re.compile(rf"[_\-. ]+{_AT_ENDS}$", re.IGNORECASE)
@@ -40,7 +40,7 @@ def find_pairs(tree: Tree) -> Found | None:
 
     Words in the names of folders say what they hold and of which split, in whichever order: `images/train`,
     `train/images`, `train_images`. Names of photographs and label maps are equal, or differ by such a word at an end:
-    `1.jpg` and `1_mask.png`.
+    `1.jpg` and `1_mask.png`. Without folders of splits, lists of names, such as `train.txt`, tell them.
 
     Raises:
         ValueError: If no names agree, a photograph has several label maps, or label maps have colours of unknown
@@ -137,12 +137,13 @@ def _match(
         lambda each: (),
     )
     attempts = [_candidates(images, labels, place) for place in places]
+    attempts += [_candidates_by_affix(images, labels)] if not any(map(any, attempts)) else []
     candidates = max(attempts, key=lambda each: (sum(len(found) == 1 for found in each), sum(map(bool, each))))
     if not any(candidates):
         raise ValueError(
             f"Found {len(images)} photographs, such as {tree.relative(images[0].path)}, and {len(labels)} label maps, "
             f"such as {tree.relative(labels[0].path)}, in {tree.folder}, but no two have the same name; name each "
-            "label map as its photograph, with another suffix, or with _mask, _label or _gt before it."
+            "label map as its photograph, with another suffix, or with the same ending, such as _mask, before it."
         )
     found: dict[Path, list[_File]] = {}
     for label, possible in zip(labels, candidates, strict=True):
@@ -179,8 +180,49 @@ def _candidates(images: list[_File], labels: list[_File], place: Callable[[_File
     ]
 
 
+def _candidates_by_affix(images: list[_File], labels: list[_File]) -> list[list[_File]]:
+    """The same where all names of label maps, or all of photographs, have one beginning and one end more.
+
+    So are `street_P.png` and `street.png` in some data sets. Only an addition that fits every label map counts.
+    """
+    for longer, shorter, labels_are_longer in ((labels, images, True), (images, labels, False)):
+        by_stem: dict[str, list[_File]] = {}
+        for each in longer:
+            by_stem.setdefault(each.stem, []).append(each)
+        example = longer[0].stem
+        for name in sorted({each.stem for each in shorter if each.stem in example}, key=len, reverse=True):
+            before, _, after = example.partition(name)
+            partners = {each.path: by_stem.get(f"{before}{each.stem}{after}", []) for each in shorter}
+            if labels_are_longer:
+                by_label: dict[Path, list[_File]] = {}
+                for image in images:
+                    for label in partners[image.path]:
+                        by_label.setdefault(label.path, []).append(image)
+                found = [by_label.get(label.path, []) for label in labels]
+            else:
+                found = [partners[label.path] for label in labels]
+            if len(labels) > 1 and all(found):
+                return found
+    return [[] for _ in labels]
+
+
+def _split_lists(tree: Tree, pairs: list[tuple[_File, _File]]) -> list[str | None]:
+    """Splits by lists of names, `train.txt` and so on, that name every photograph exactly once; else None for each."""
+    by_name: dict[str, list[str]] = {}
+    for path in tree.with_suffix(".txt"):
+        split = SPLIT_NAMES.get(path.stem.lower())
+        if split is not None:
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                if line.strip():
+                    by_name.setdefault(Path(line.split()[0]).stem, []).append(split)
+    found = [by_name.get(image.stem, []) for image, _ in pairs]
+    return [each[0] for each in found] if all(len(each) == 1 for each in found) else [None] * len(pairs)
+
+
 def _by_split(tree: Tree, pairs: list[tuple[_File, _File]]) -> dict[str, list[tuple[Path, Path]]]:
     names = [image.split or label.split for image, label in pairs]
+    if not any(names):
+        names = _split_lists(tree, pairs)
     if any(names) and not all(names):
         index = names.index(None)
         raise ValueError(

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..reading import UnreadableImageError, read_image
 from .found import refuse
 
 # To be raised whenever the same annotation is drawn differently.
@@ -26,11 +27,14 @@ class Drawing:
         name: Of what it is drawn from, for messages.
         depends_on: Texts that together determine what is drawn.
         draw: Draws it: ids of classes, uint8 `(height, width)`. Raises `ValueError` or `OSError` where it cannot.
+        source: The picture that it is drawn from. Where that cannot be decoded, it takes the drawing's place, so that
+            it is reported with all other files that cannot be read, or left out with them.
     """
 
     name: str
     depends_on: tuple[str, ...]
     draw: Callable[[], np.ndarray]
+    source: Path | None = None
 
     @property
     def path(self) -> Path:
@@ -55,6 +59,9 @@ def render(drawings: Sequence[Drawing]) -> list[Path]:
         paths.append(drawing.path)
         if drawing.path.is_file():
             continue
+        if drawing.source is not None and not _can_be_decoded(drawing.source):
+            paths[-1] = drawing.source
+            continue
         try:
             ids = drawing.draw()
         except (ValueError, OSError) as error:
@@ -63,6 +70,14 @@ def render(drawings: Sequence[Drawing]) -> list[Path]:
         write_whole(drawing.path, lambda partial, ids=ids: Image.fromarray(ids.astype(np.uint8)).save(partial, "PNG"))
     refuse(faults, f"{len(faults)} of {len(drawings)} label maps cannot be made:")
     return paths
+
+
+def _can_be_decoded(path: Path) -> bool:
+    try:
+        read_image({"path": str(path), "bytes": None})
+    except UnreadableImageError:
+        return False
+    return True
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
