@@ -9,7 +9,7 @@ from PIL import Image
 
 from training.data.formats import voc
 from training.data.loading import load_dataset_splits
-from training.data.reading import LabelEncoding
+from training.data.reading import LabelEncoding, UnreadableImageError
 from training.data.samples import SegmentationDataset
 
 ROWS = np.array([[0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2], [0, 0, 0, 0, 0, 0], [255, 1, 1, 1, 1, 2]], dtype=np.uint8)

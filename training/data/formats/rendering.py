@@ -59,12 +59,12 @@ def render(drawings: Sequence[Drawing]) -> list[Path]:
         paths.append(drawing.path)
         if drawing.path.is_file():
             continue
-        if drawing.source is not None and not _can_be_decoded(drawing.source):
-            paths[-1] = drawing.source
-            continue
         try:
             ids = drawing.draw()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, SyntaxError) as error:
+            if drawing.source is not None and not _can_be_decoded(drawing.source):
+                paths[-1] = drawing.source
+                continue
             faults.append(f"{drawing.name}: {error}")
             continue
         write_whole(drawing.path, lambda partial, ids=ids: Image.fromarray(ids.astype(np.uint8)).save(partial, "PNG"))
