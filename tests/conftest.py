@@ -1,11 +1,34 @@
-"""One tiny model and one non-square input for all tests."""
+"""Tiny models, datasets and inputs, none of them square, and what several test modules do with them.
 
+What only a few tests need is imported where it is used: most tests need no dataset.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImageProcessor
 
 DECODER_TYPES = ("sa", "ca", "cbsa", "mask_transformer", "linear")
+CLASSES = ("sky", "road", "tree", "car", "pole")
+# Of a recipe, for two epochs of two steps on the photographs of `dataset_folder`.
+FIELDS = [
+    f"class_names={','.join(CLASSES)}",
+    "size=28",
+    "crop_size=28",
+    "window_size=28",
+    "window_stride=14",
+    "epochs=2",
+    "batch_size=2",
+    "warmup_steps=1",
+    "evaluate_every_epochs=1",
+    "num_workers=0",
+    "precision=float32",
+    "cache_features=false",
+]
 
 
 def tiny_config(decoder_type: str = "sa", **overrides) -> DepictConfig:
@@ -32,6 +55,126 @@ def tiny_model(decoder_type: str = "sa", **overrides) -> DepictForSemanticSegmen
     torch.manual_seed(0)
     model = DepictForSemanticSegmentation(tiny_config(decoder_type, initializer_range=0.3, **overrides))
     return model.eval()
+
+
+def save_model(folder: Path, decoder_type: str = "sa", **overrides) -> Path:
+    """Write a tiny model and its image processor as `from_pretrained` reads them."""
+    tiny_model(decoder_type, **overrides).save_pretrained(folder)
+    DepictImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder)
+    return folder
+
+
+def save_backbone(folder: Path, **overrides) -> Path:
+    """Write a DINOv2 of random weights that are not those of a recipe's seed."""
+    import transformers
+
+    fields = {"image_size": 28, "patch_size": 14, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(123)
+    transformers.Dinov2Model(transformers.Dinov2Config(**(fields | overrides))).save_pretrained(folder)
+    return folder
+
+
+def save_split(folder: Path, split: str, images: list, labels: list) -> Path:
+    """Write a split of a dataset in the layout of the Hub.
+
+    Args:
+        images, labels: Pictures, arrays that are made pictures, or encoded files as `datasets.Image` takes them.
+    """
+    import datasets
+
+    columns = {
+        name: [PIL.Image.fromarray(each) if isinstance(each, np.ndarray) else each for each in column]
+        for name, column in (("image", images), ("label", labels))
+    }
+    features = datasets.Features(dict.fromkeys(columns, datasets.Image()))
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    dataset.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def save_scenes(
+    folder: Path, height: int, width: int, counts: dict[str, int], share_ignored: float | None = None
+) -> Path:
+    """Write photographs of 4 x 4 patches of five classes that differ in brightness, with their label maps."""
+    rng = np.random.default_rng(0)
+    for split, count in counts.items():
+        rows, columns = -(-height // 4), -(-width // 4)
+        ids = [rng.integers(0, 5, (4, 4), np.uint8).repeat(rows, 0).repeat(columns, 1) for _ in range(count)]
+        ids = [each[:height, :width] for each in ids]
+        labels = ids
+        if share_ignored is not None:
+            labels = [np.where(rng.random(each.shape) < share_ignored, 255, each).astype(np.uint8) for each in ids]
+        save_split(folder, split, [np.stack([each * 50] * 3, axis=-1) for each in ids], labels)
+    return folder
+
+
+def save_labelled_by(folder: Path, model_folder: Path) -> Path:
+    """Write a test split: noise on ramps, labelled by a model of five classes, with 2 to 10 wrong or ignored rows."""
+    from depict_hf.inference import segment
+
+    model = DepictForSemanticSegmentation.from_pretrained(model_folder).eval()
+    image_processor = DepictImageProcessor.from_pretrained(model_folder)
+    rng = np.random.default_rng(0)
+    images, labels = [], []
+    for index, (height, width) in enumerate([(32, 48), (40, 32), (36, 36), (32, 64), (48, 40)]):
+        ramp = np.linspace(0, 200, width)[None, :, None] * rng.random((1, 1, 3))
+        images.append((ramp + rng.integers(0, 50, (height, width, 3))).astype(np.uint8))
+        truth = segment(model, image_processor, [images[-1]])[0].clone()
+        truth[: 2 * index] = (truth[: 2 * index] + 1) % 5
+        truth[-2:] = 255
+        labels.append(truth.numpy().astype(np.uint8))
+    return save_split(folder, "test", images, labels)
+
+
+def palette_image(ids: np.ndarray) -> PIL.Image.Image:
+    """A label map as a palette image with colours for five classes."""
+    image = PIL.Image.fromarray(ids, mode="P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9, 1, 2, 3])
+    return image
+
+
+def training_arguments(
+    dataset: str, backbone: str, output: Path, *fields: str, recipe: str = "camvid_dinov2_small_sa"
+) -> list[str]:
+    """The command line of a training run with `FIELDS`, and then the further ones."""
+    return [recipe, dataset, str(output), "--backbone", backbone, *FIELDS, *fields]
+
+
+def make_trainer(dataset_folder: str, backbone_folder: str, output: Path, *fields: str):
+    """The trainer of such a run, before it begins."""
+    from training import train
+    from training.recipes import camvid_dinov2_small
+
+    recipe = camvid_dinov2_small("sa").override([*FIELDS, f"backbone={backbone_folder}", *fields])
+    return train.build_trainer(recipe, train.load_dataset_splits(dataset_folder), output)[0]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(tmp_path_factory) -> str:
+    """Photographs of 32 x 48 pixels, a tenth of whose pixels have no label."""
+    counts = {"train": 5, "validation": 3, "test": 2}
+    return str(save_scenes(tmp_path_factory.mktemp("scenes"), 32, 48, counts, share_ignored=0.1))
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory) -> str:
+    """A DINOv2 with drop path, which a frozen encoder must not apply."""
+    return str(save_backbone(tmp_path_factory.mktemp("backbone"), drop_path_rate=0.5))
+
+
+@pytest.fixture
+def datasets_cache(tmp_path_factory, monkeypatch) -> Path:
+    """What `datasets` keeps of what it reads ends up in a folder of the test's own."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder
 
 
 @pytest.fixture(params=DECODER_TYPES)

@@ -3,11 +3,11 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import tiny_model
 
-from depict_hf import DepictImageProcessor
+REPOSITORY = Path(__file__).parents[1]
 
 
 def run_python(code: str, *arguments: str) -> str:
@@ -19,14 +19,6 @@ def run_python(code: str, *arguments: str) -> str:
 
 def modules_after(statement: str) -> set[str]:
     return set(run_python(f"import sys; {statement}; print(' '.join(sys.modules))").split())
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    DepictImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -211,3 +203,30 @@ def test_imports_point_one_way(module, later):
     )
     # find_spec does not run the package.
     assert not {f"depict_hf.{name}" for name in later} & modules_after(code)
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "rule"),
+    [
+        ("depict_hf/vit.py", "from .modeling_depict import DepictForSemanticSegmentation", "TID253"),
+        ("depict_hf/windows.py", "from . import inference", "TID253"),
+        ("depict_hf/modeling_depict.py", "import depict_hf.inference", "TID253"),
+        ("depict_hf/cli.py", "def train():\n    from training import train", "TID251"),
+        ("depict_hf/inference.py", "from .training.train import main", "TID251"),
+        ("training/train.py", "from depict_hf.inference import segment", None),
+        ("depict_hf/inference.py", "from .modeling_depict import DepictForSemanticSegmentation", None),
+    ],
+)
+def test_the_linter_knows_the_direction_of_imports(file, line, rule):
+    """Fails if a pattern of pyproject.toml no longer matches what it is meant for."""
+    pytest.importorskip("ruff", reason="needs the extra test")
+    command = [sys.executable, "-m", "ruff", "check", "--select", "TID251,TID253", "--output-format", "concise"]
+    result = subprocess.run(
+        [*command, "--stdin-filename", str(REPOSITORY / file), "-"],
+        input=f"{line}\n",
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert result.returncode == (0 if rule is None else 1), result.stdout + result.stderr
+    assert rule is None or rule in result.stdout

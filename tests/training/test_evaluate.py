@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import tiny_model
+from conftest import save_labelled_by, save_model
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.export import export_model
@@ -31,7 +31,6 @@ from training.evaluation.evaluate_split import Execution, Protocol, spread
 from training.evaluation.metrics import MeanIoU
 from training.evaluation.worst_images import WorstImages
 
-SIZES = [(32, 48), (40, 32), (36, 36), (32, 64), (48, 40)]
 FIGURES = ("mean_iou", "mean_accuracy", "overall_accuracy", "per_class_iou", "per_class_accuracy", "num_images")
 METRIC_SCRIPT = '''
 """Stands in for the real metric: the same interface, per-class areas summed over the images."""
@@ -67,47 +66,15 @@ class Areas(evaluate.Metric):
 '''
 
 
-def save_model(folder: Path, decoder_type: str = "sa") -> Path:
-    tiny_model(decoder_type).save_pretrained(folder)
-    DepictImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder)
-    return folder
+@pytest.fixture(scope="module")
+def labelled_folder(tmp_path_factory, model_folder) -> Path:
+    return save_labelled_by(tmp_path_factory.mktemp("dataset"), model_folder)
 
 
-def save_dataset(folder: Path, model_folder: Path) -> Path:
-    """A test split in Hub layout: noise on ramps, labelled by the model, with 2 to 10 wrong or ignored rows."""
+@pytest.fixture(scope="module")
+def loaded(model_folder, labelled_folder):
     model = DepictForSemanticSegmentation.from_pretrained(model_folder).eval()
-    image_processor = DepictImageProcessor.from_pretrained(model_folder)
-    rng = np.random.default_rng(0)
-    images, labels = [], []
-    for index, (height, width) in enumerate(SIZES):
-        ramp = np.linspace(0, 200, width)[None, :, None] * rng.random((1, 1, 3))
-        images.append((ramp + rng.integers(0, 50, (height, width, 3))).astype(np.uint8))
-        truth = segment(model, image_processor, [images[-1]])[0].clone()
-        truth[: 2 * index] = (truth[: 2 * index] + 1) % 5
-        truth[-2:] = 255
-        labels.append(truth.numpy().astype(np.uint8))
-    columns = {"image": images, "label": labels}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
-    rows = {name: [PIL.Image.fromarray(each) for each in column] for name, column in columns.items()}
-    (folder / "data").mkdir(parents=True)
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def dataset_folder(tmp_path_factory, model_folder) -> Path:
-    return save_dataset(tmp_path_factory.mktemp("dataset"), model_folder)
-
-
-@pytest.fixture(scope="module")
-def loaded(model_folder, dataset_folder):
-    model = DepictForSemanticSegmentation.from_pretrained(model_folder).eval()
-    samples = SegmentationDataset(load_dataset_splits(dataset_folder)["test"], 5)
+    samples = SegmentationDataset(load_dataset_splits(labelled_folder)["test"], 5)
     return model, DepictImageProcessor.from_pretrained(model_folder), samples
 
 
@@ -190,9 +157,9 @@ def test_parts_are_evenly_spaced():
         spread(5, 0)
 
 
-def test_two_processes_give_the_figures_of_one(model_folder, dataset_folder, tmp_path, capfd):
+def test_two_processes_give_the_figures_of_one(model_folder, labelled_folder, tmp_path, capfd):
     """Three photographs for one process, two for the other; the contact sheet is that of all five."""
-    common = [model_folder, dataset_folder, "--batch-size", 1, "--corruption", "shot_noise:2", "--worst", 3]
+    common = [model_folder, labelled_folder, "--batch-size", 1, "--corruption", "shot_noise:2", "--worst", 3]
     two, one = (
         [*common, "--output", tmp_path / f"{name}.json", "--contact-sheet", tmp_path / f"{name}.png"]
         for name in ("two", "one")
@@ -287,7 +254,7 @@ def test_memory_does_not_grow_with_the_number_of_images(loaded):
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
-def test_half_precision_is_used_and_recorded(model_folder, dataset_folder, tmp_path, monkeypatch, name, dtype):
+def test_half_precision_is_used_and_recorded(model_folder, labelled_folder, tmp_path, monkeypatch, name, dtype):
     seen = []
     original = evaluation.segment
 
@@ -297,23 +264,23 @@ def test_half_precision_is_used_and_recorded(model_folder, dataset_folder, tmp_p
 
     monkeypatch.setattr(evaluation, "segment", watched)
     output = tmp_path / "record.json"
-    assert run_command(model_folder, dataset_folder, "--dtype", name, "--output", output) == 0
+    assert run_command(model_folder, labelled_folder, "--dtype", name, "--output", output) == 0
     assert set(seen) == {dtype}
     record = json.loads(output.read_text())
     assert record["precision"] == name
-    exact = evaluation.evaluate(*load_model(model_folder), samples_of(dataset_folder))
+    exact = evaluation.evaluate(*load_model(model_folder), samples_of(labelled_folder))
     assert exact["precision"] == "float32"
     assert record["overall_accuracy"] == pytest.approx(exact["overall_accuracy"], abs=0.05)
 
 
-def test_exported_models_are_evaluated(loaded, model_folder, dataset_folder, tmp_path, capsys):
+def test_exported_models_are_evaluated(loaded, model_folder, labelled_folder, tmp_path, capsys):
     """Through the backend that was asked for: a folder without model.safetensors has nothing else."""
     folder, output = tmp_path / "onnx", tmp_path / "record.json"
     export_model(*load_model(model_folder), folder)
-    assert run_command(folder, dataset_folder, "--backend", "onnxruntime", "--output", output) == 0
-    exact = evaluation.evaluate(*loaded[:2], samples_of(dataset_folder))
+    assert run_command(folder, labelled_folder, "--backend", "onnxruntime", "--output", output) == 0
+    exact = evaluation.evaluate(*loaded[:2], samples_of(labelled_folder))
     assert json.loads(output.read_text())["mean_iou"] == pytest.approx(exact["mean_iou"], abs=2e-3)
-    assert run_command(folder, dataset_folder, "--backend", "onnxruntime", "--dtype", "bfloat16") == 1
+    assert run_command(folder, labelled_folder, "--backend", "onnxruntime", "--dtype", "bfloat16") == 1
     assert "Got dtype bfloat16 with ONNX Runtime" in capsys.readouterr().err
 
 
@@ -321,11 +288,11 @@ def samples_of(folder) -> SegmentationDataset:
     return SegmentationDataset(load_dataset_splits(folder)["test"], 5)
 
 
-def test_corruptions_and_their_contact_sheets(loaded, model_folder, dataset_folder, tmp_path, capsys):
+def test_corruptions_and_their_contact_sheets(loaded, model_folder, labelled_folder, tmp_path, capsys):
     output, sheet = tmp_path / "record.json", tmp_path / "sheets" / "worst.png"
     options = ["--corruption", "contrast:5", "brightness:1", "--batch-size", 1]
     written = ["--output", output, "--contact-sheet", sheet, "--worst", 2]
-    assert run_command(model_folder, dataset_folder, *options, *written) == 0
+    assert run_command(model_folder, labelled_folder, *options, *written) == 0
     record = json.loads(output.read_text())
     assert record["mean_iou"] == count_alone(loaded, range(5))["mean_iou"]
     assert [(each["corruption"], each["severity"]) for each in record["corruptions"]] == [
@@ -364,38 +331,38 @@ def metric_scripts(tmp_path_factory):
         yield paths
 
 
-def test_the_metric_of_evaluate_confirms_ours(model_folder, dataset_folder, tmp_path, metric_scripts):
+def test_the_metric_of_evaluate_confirms_ours(model_folder, labelled_folder, tmp_path, metric_scripts):
     script, output = metric_scripts[0], tmp_path / "record.json"
     options = ["--metric", "evaluate", "--metric-script", script, "--output", output]
-    assert run_command(model_folder, dataset_folder, *options) == 0
+    assert run_command(model_folder, labelled_folder, *options) == 0
     record = json.loads(output.read_text())
     assert record["cross_check"]["mean_iou"] == pytest.approx(record["mean_iou"], abs=1e-12)
     assert record["cross_check"]["largest_difference"] < 1e-12
     assert record["cross_check"]["source"] == str(script)
 
 
-def test_another_metric_is_told_apart(model_folder, dataset_folder, tmp_path, metric_scripts, capsys):
+def test_another_metric_is_told_apart(model_folder, labelled_folder, tmp_path, metric_scripts, capsys):
     """One that counts ignored pixels: the command fails, but keeps its record."""
     output = tmp_path / "record.json"
     options = ["--metric", "evaluate", "--metric-script", metric_scripts[1], "--output", output]
-    assert run_command(model_folder, dataset_folder, *options) == 1
+    assert run_command(model_folder, labelled_folder, *options) == 1
     assert "error: evaluate's mean_iou differs by 0." in capsys.readouterr().err
     assert json.loads(output.read_text())["cross_check"]["largest_difference"] > 1e-3
 
 
-def test_a_metric_that_cannot_be_had_is_an_error(model_folder, dataset_folder, monkeypatch, capsys):
+def test_a_metric_that_cannot_be_had_is_an_error(model_folder, labelled_folder, monkeypatch, capsys):
     def unreachable(source, **options):
         raise FileNotFoundError(f"Couldn't find a module script for {source}")
 
     monkeypatch.setattr(hf_evaluate, "load", unreachable)
-    assert run_command(model_folder, dataset_folder, "--metric", "evaluate") == 1
+    assert run_command(model_folder, labelled_folder, "--metric", "evaluate") == 1
     message = capsys.readouterr().err
     assert "mean_iou of evaluate cannot be loaded; pass the path of a copy of metrics/mean_iou/mean_iou.py" in message
-    assert run_command(model_folder, dataset_folder, "--metric", "evaluate", "--metric-script", "no/such.py") == 1
+    assert run_command(model_folder, labelled_folder, "--metric", "evaluate", "--metric-script", "no/such.py") == 1
     assert "Got the metric script no/such.py, which does not exist" in capsys.readouterr().err
 
 
-def test_the_metric_of_evaluate_wants_one_process(model_folder, dataset_folder):
+def test_the_metric_of_evaluate_wants_one_process(model_folder, labelled_folder):
     state = PartialState()
     arguments = ["--metric", "evaluate"]
 
@@ -404,7 +371,7 @@ def test_the_metric_of_evaluate_wants_one_process(model_folder, dataset_folder):
         device = state.device
 
     with pytest.raises(ValueError, match="--metric evaluate keeps every label map in one process"):
-        evaluate.run(parse(model_folder, dataset_folder, *arguments), TwoProcesses())
+        evaluate.run(parse(model_folder, labelled_folder, *arguments), TwoProcesses())
 
 
 def parse(*arguments):
@@ -434,17 +401,17 @@ def parse(*arguments):
         (["--split", "tset"], "Got split 'tset'"),
     ],
 )
-def test_command_line_refuses(model_folder, dataset_folder, options, message, capsys):
-    assert run_command(model_folder, dataset_folder, *options) == 1
+def test_command_line_refuses(model_folder, labelled_folder, options, message, capsys):
+    assert run_command(model_folder, labelled_folder, *options) == 1
     assert message in capsys.readouterr().err
 
 
-def test_models_with_missing_weights_are_refused(dataset_folder, tmp_path, capsys):
+def test_models_with_missing_weights_are_refused(labelled_folder, tmp_path, capsys):
     folder = save_model(tmp_path / "model")
     model = DepictForSemanticSegmentation.from_pretrained(folder)
     weights = {name: value for name, value in model.state_dict().items() if name != "decoder.class_tokens"}
     model.save_pretrained(folder, state_dict=weights)
-    assert run_command(folder, dataset_folder) == 1
+    assert run_command(folder, labelled_folder) == 1
     assert "missing_keys: decoder.class_tokens" in capsys.readouterr().err
 
 

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import training_arguments
 from safetensors.torch import load_file
-from test_trainer import FIELDS, backbone_folder, dataset_folder  # noqa: F401  (fixtures)
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 def command(dataset: str, backbone: str, output: Path, *options: str) -> list[str]:
-    fields = [*FIELDS, "freeze_encoder=false", "report_to=none"]
-    return ["camvid_dinov2_small_sa", dataset, str(output), "--backbone", backbone, *fields, *options]
+    return training_arguments(dataset, backbone, output, "freeze_encoder=false", "report_to=none", *options)
 
 
 def start(arguments: list[str], log: Path, module: str = "training.train", **environment: str) -> subprocess.Popen:
@@ -61,7 +60,7 @@ def assert_same_weights(folder: Path, expected: Path, tolerance: float) -> None:
     [["batch_size=4", "accumulation_steps=1"], ["batch_size=4", "accumulation_steps=2", "class_balance=1"]],
     ids=["plain", "accumulated and weighted"],
 )
-def test_two_processes_train_as_one(dataset_folder, backbone_folder, tmp_path, options):  # noqa: F811
+def test_two_processes_train_as_one(dataset_folder, backbone_folder, tmp_path, options):
     """Crops have unequal numbers of labelled pixels, so a mean of the processes' means would differ.
 
     The backbone has drop path, which must drop the same branches of the same images.
@@ -77,7 +76,7 @@ def test_two_processes_train_as_one(dataset_folder, backbone_folder, tmp_path, o
 
 
 @pytest.mark.slow
-def test_processes_that_share_the_model_train_as_one_and_resume(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+def test_processes_that_share_the_model_train_as_one_and_resume(dataset_folder, backbone_folder, tmp_path):
     """FSDP, of torch's second version."""
     options = ["epochs=4", "evaluate_every_epochs=2"]
     one = start(command(dataset_folder, backbone_folder, tmp_path / "one", *options), tmp_path / "one.log")
@@ -118,7 +117,7 @@ def kill_until_done(arguments: list[str], log: Path, first_step: float, moments:
     return killed
 
 
-def test_a_killed_run_resumed_ends_with_the_same_weights(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+def test_a_killed_run_resumed_ends_with_the_same_weights(dataset_folder, backbone_folder, tmp_path):
     """Killed twice between the first step and the end, wherever that is; a checkpoint after every step."""
     options = ["epochs=20", "evaluate_every_epochs=20", "save_every_steps=1", "average_decay=0.9"]
     killed = kill_and_compare(dataset_folder, backbone_folder, tmp_path, options, shares=[0.15, 0.3])
@@ -130,7 +129,7 @@ def test_a_killed_run_resumed_ends_with_the_same_weights(dataset_folder, backbon
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["lora_rank=2"], ["accumulation_steps=2"], ["average_decay=0.99"]])
-def test_a_run_killed_at_many_moments(dataset_folder, backbone_folder, tmp_path, options):  # noqa: F811
+def test_a_run_killed_at_many_moments(dataset_folder, backbone_folder, tmp_path, options):
     """Also while packages are imported, data are read, checkpoints and the final model are written."""
     options = ["epochs=40", "evaluate_every_epochs=3", "save_every_steps=2", *options]
     shares = [-0.9, -0.1, 0.0, 0.05, 0.1, 0.12, 0.17, 0.2, 0.3, 0.4]

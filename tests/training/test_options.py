@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import CLASSES, make_trainer, training_arguments
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_trainer import CLASSES, FIELDS, backbone_folder, dataset_folder, make_trainer  # noqa: F401  (fixtures)
 
 from depict_hf import DepictForSemanticSegmentation
 from depict_hf.inference import segment
@@ -21,8 +21,7 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 
 def run(dataset, backbone, output, *fields, recipe="camvid_dinov2_small_sa"):
-    arguments = [recipe, dataset, str(output), "--backbone", backbone, *FIELDS, "report_to=none", *fields]
-    return train.main(arguments)
+    return train.main(training_arguments(dataset, backbone, output, "report_to=none", *fields, recipe=recipe))
 
 
 class Recorder(transformers.TrainerCallback):
@@ -35,7 +34,7 @@ class Recorder(transformers.TrainerCallback):
         self.weights.append(weights_of(model))
 
 
-def test_the_average_is_evaluated_and_becomes_the_model(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+def test_the_average_is_evaluated_and_becomes_the_model(dataset_folder, backbone_folder, tmp_path):
     trainer = make_trainer(dataset_folder, backbone_folder, tmp_path, "average_decay=0.75", "learning_rate=0.05")
     expected = weights_of(trainer.model)
     recorder = Recorder()
@@ -54,7 +53,7 @@ def test_the_average_is_evaluated_and_becomes_the_model(dataset_folder, backbone
     assert trainer.evaluate()["eval_overall_accuracy"] == pytest.approx(logged)
 
 
-def test_adapters_train_and_the_saved_model_has_none(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+def test_adapters_train_and_the_saved_model_has_none(dataset_folder, backbone_folder, tmp_path):
     assert run(dataset_folder, backbone_folder, tmp_path, "freeze_encoder=false", "lora_rank=2", "lora_alpha=4") == 0
     checkpoint = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     prefix = "encoder.backbone.encoder.layer.1.mlp.fc2"
@@ -69,7 +68,7 @@ def test_adapters_train_and_the_saved_model_has_none(dataset_folder, backbone_fo
     torch.testing.assert_close(base, source[f"{prefix}.weight".removeprefix("encoder.backbone.")])
 
 
-def test_pictures_of_an_evaluation(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+def test_pictures_of_an_evaluation(dataset_folder, backbone_folder, tmp_path):
     trainer = make_trainer(dataset_folder, backbone_folder, tmp_path, "sample_pictures=2")
     trainer.state.global_step = 30
     trainer.evaluate()
@@ -84,13 +83,13 @@ def test_pictures_of_an_evaluation(dataset_folder, backbone_folder, tmp_path):  
     assert np.array_equal(np.asarray(Image.open(written["1.png"])), np.asarray(expected))
 
 
-def test_no_pictures_where_none_are_wanted(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+def test_no_pictures_where_none_are_wanted(dataset_folder, backbone_folder, tmp_path):
     make_trainer(dataset_folder, backbone_folder, tmp_path, "sample_pictures=0").evaluate()
     assert not (tmp_path / "samples").exists()
 
 
 @pytest.mark.parametrize("decoder_type", ["sa", "ca", "mask_transformer"])
-def test_checkpointing_changes_no_weight(dataset_folder, backbone_folder, tmp_path, decoder_type):  # noqa: F811
+def test_checkpointing_changes_no_weight(dataset_folder, backbone_folder, tmp_path, decoder_type):
     fields = ["freeze_encoder=false", f"decoder_type={decoder_type}", "epochs=1"]
     weights = []
     for flag in ("false", "true"):
@@ -105,7 +104,7 @@ def test_checkpointing_changes_no_weight(dataset_folder, backbone_folder, tmp_pa
 
 
 @pytest.mark.slow  # a minute of compilation
-def test_compilation_changes_no_weight(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+def test_compilation_changes_no_weight(dataset_folder, backbone_folder, tmp_path):
     weights = []
     for flag in ("false", "true"):
         fields = ["freeze_encoder=false", "batch_size=4", f"compile={flag}"]
@@ -116,7 +115,7 @@ def test_compilation_changes_no_weight(dataset_folder, backbone_folder, tmp_path
         torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_training_goes_on_from_a_model(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+def test_training_goes_on_from_a_model(dataset_folder, backbone_folder, tmp_path):
     assert run(dataset_folder, backbone_folder, tmp_path / "start", "epochs=1") == 0
     trainer = make_trainer(dataset_folder, backbone_folder, tmp_path, f"start_from={tmp_path / 'start'}")
     saved = DepictForSemanticSegmentation.from_pretrained(tmp_path / "start").state_dict()
@@ -133,7 +132,7 @@ def test_training_goes_on_from_a_model(dataset_folder, backbone_folder, tmp_path
     ],
     ids=["classes", "decoder", "weights"],
 )
-def test_a_model_that_does_not_fit_is_refused(fields, message, dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+def test_a_model_that_does_not_fit_is_refused(fields, message, dataset_folder, backbone_folder, tmp_path):
     trainer = make_trainer(dataset_folder, backbone_folder, tmp_path)
     trainer.model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -156,7 +155,7 @@ def test_options_out_of_range_are_refused(field, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_logged_loss_is_that_of_all_steps(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+def test_the_logged_loss_is_that_of_all_steps(dataset_folder, backbone_folder, tmp_path):
     trainer = make_trainer(dataset_folder, backbone_folder, tmp_path, "epochs=3")
     losses = []
     compute_loss = trainer.compute_loss

@@ -5,14 +5,11 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
-import numpy as np
 import pytest
 import timm
 import torch
 import transformers
-from conftest import tiny_model
-from PIL import Image
+from conftest import CLASSES, FIELDS, make_trainer, tiny_model, training_arguments
 from safetensors.torch import load_file, save_file
 
 from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImageProcessor
@@ -26,21 +23,6 @@ from training.recipes import camvid_dinov2_small, get_recipe
 RECIPE = camvid_dinov2_small("sa").replace(
     learning_rate=0.01, scale_rate_factor=5.0, encoder_rate_factor=0.1, weight_decay=0.3
 )
-CLASSES = ("sky", "road", "tree", "car", "pole")
-FIELDS = [
-    f"class_names={','.join(CLASSES)}",
-    "size=28",
-    "crop_size=28",
-    "window_size=28",
-    "window_stride=14",
-    "epochs=2",
-    "batch_size=2",
-    "warmup_steps=1",
-    "evaluate_every_epochs=1",
-    "num_workers=0",
-    "precision=float32",
-    "cache_features=false",
-]
 
 
 def test_every_trainable_parameter_is_in_one_group(decoder_type):
@@ -143,40 +125,9 @@ def test_cosine_schedule_after_warm_up():
 
 
 @pytest.fixture(scope="module")
-def dataset_folder(tmp_path_factory) -> str:
-    """Photographs of 32 x 48 pixels whose classes differ in brightness, in the layout of the Hub."""
-    folder = tmp_path_factory.mktemp("scenes")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 5), ("validation", 3), ("test", 2)):
-        ids = [rng.integers(0, 5, (4, 4), np.uint8).repeat(8, 0).repeat(12, 1) for _ in range(count)]
-        columns = {
-            "image": [Image.fromarray(np.stack([each * 50] * 3, axis=-1)) for each in ids],
-            "label": [
-                Image.fromarray(np.where(rng.random(each.shape) < 0.1, 255, each).astype(np.uint8)) for each in ids
-            ],
-        }
-        dataset = datasets.Dataset.from_dict(columns, features=features)
-        dataset.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def backbone_folder(tmp_path_factory) -> str:
-    """A DINOv2 of random weights, with drop path, which a frozen encoder must not apply."""
-    torch.manual_seed(123)  # not the recipe's seed, which would give the same weights again
-    config = transformers.Dinov2Config(
-        image_size=28, patch_size=14, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, drop_path_rate=0.5
-    )
-    folder = tmp_path_factory.mktemp("backbone")
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def trained(tmp_path_factory, dataset_folder, backbone_folder):
     output = tmp_path_factory.mktemp("run") / "output"
-    arguments = ["camvid_dinov2_small_sa", dataset_folder, str(output), "--backbone", backbone_folder, *FIELDS]
+    arguments = training_arguments(dataset_folder, backbone_folder, output)
     assert train.main(arguments) == 0
     return output
 
@@ -227,11 +178,6 @@ def test_evaluate_command_repeats_the_record(trained, dataset_folder, tmp_path, 
     assert "split 'trian'" in capsys.readouterr().err
 
 
-def make_trainer(dataset_folder, backbone_folder, tmp_path, *fields):
-    recipe = camvid_dinov2_small("sa").override([*FIELDS, f"backbone={backbone_folder}", *fields])
-    return train.build_trainer(recipe, train.load_dataset_splits(dataset_folder), tmp_path)[0]
-
-
 @pytest.mark.parametrize("windows", [[], ["window_size=none", "window_stride=none"]], ids=["windows", "whole"])
 def test_evaluation_equals_segment_and_metric(dataset_folder, backbone_folder, tmp_path, windows):
     """Inputs of 84 x 126 pixels, a grid of 6 x 9 patches, labels of 32 x 48."""
@@ -263,9 +209,8 @@ def test_validation_on_cached_features_is_that_of_the_whole_model(dataset_folder
 
 
 def test_a_run_on_cached_features_saves_the_whole_model(dataset_folder, backbone_folder, tmp_path):
-    fields = [*FIELDS, "window_size=none", "window_stride=none", "cache_features=true"]
-    arguments = ["camvid_dinov2_small_sa", dataset_folder, str(tmp_path), "--backbone", backbone_folder, *fields]
-    assert train.main(arguments) == 0
+    fields = ["window_size=none", "window_stride=none", "cache_features=true"]
+    assert train.main(training_arguments(dataset_folder, backbone_folder, tmp_path, *fields)) == 0
     model = DepictForSemanticSegmentation.from_pretrained(tmp_path)
     backbone = transformers.Dinov2Backbone.from_pretrained(backbone_folder)
     for name, weight in backbone.state_dict().items():
@@ -352,7 +297,7 @@ def test_resume_ends_with_the_same_weights(trained, dataset_folder, backbone_fol
     trainer = make_trainer(dataset_folder, backbone_folder, output)
     trainer.add_callback(StopAfterFirstEpoch)
     trainer.train()
-    arguments = ["camvid_dinov2_small_sa", dataset_folder, str(output), "--backbone", backbone_folder, *FIELDS]
+    arguments = training_arguments(dataset_folder, backbone_folder, output)
     assert train.main(arguments) == 1
     assert "pass --resume" in capsys.readouterr().err
     written = (output / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns

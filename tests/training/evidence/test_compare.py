@@ -4,12 +4,10 @@ import json
 import math
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-import transformers
-from conftest import tiny_model
+from conftest import CLASSES, save_backbone, save_scenes, tiny_model
 from PIL import Image
 
 from depict_hf import DepictImageProcessor
@@ -29,8 +27,7 @@ from training.evidence.comparison_report import (
     render_markdown,
 )
 
-CLASSES = ("sky", "road", "tree", "car", "pole")
-FIELDS = [
+RUN_FIELDS = [
     f"class_names={','.join(CLASSES)}",
     "size=42",
     "crop_size=28",
@@ -49,41 +46,24 @@ def threads():
 
 
 @pytest.fixture(scope="module")
-def dataset_folder(tmp_path_factory) -> str:
-    """Photographs of 37 x 50 pixels, which is no multiple of the patch, whose classes differ in brightness."""
-    folder = tmp_path_factory.mktemp("scenes")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 5), ("validation", 2), ("test", 2)):
-        ids = [rng.integers(0, 5, (4, 4), np.uint8).repeat(10, 0).repeat(13, 1)[:37, :50] for _ in range(count)]
-        columns = {
-            "image": [Image.fromarray(np.stack([each * 50] * 3, axis=-1)) for each in ids],
-            "label": [Image.fromarray(each) for each in ids],
-        }
-        dataset = datasets.Dataset.from_dict(columns, features=features)
-        dataset.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    return str(folder)
+def scenes_folder(tmp_path_factory) -> str:
+    """Photographs of 37 x 50 pixels, which is no multiple of the patch."""
+    return str(save_scenes(tmp_path_factory.mktemp("scenes"), 37, 50, {"train": 5, "validation": 2, "test": 2}))
 
 
 @pytest.fixture(scope="module")
-def backbone_folder(tmp_path_factory) -> str:
-    torch.manual_seed(123)
-    config = transformers.Dinov2Config(
-        image_size=42, patch_size=14, hidden_size=24, num_hidden_layers=2, num_attention_heads=2
-    )
-    folder = tmp_path_factory.mktemp("backbone")
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    return str(folder)
+def larger_backbone_folder(tmp_path_factory) -> str:
+    return str(save_backbone(tmp_path_factory.mktemp("backbone"), image_size=42))
 
 
 @pytest.fixture(scope="module")
-def command(dataset_folder, backbone_folder):
+def command(scenes_folder, larger_backbone_folder):
     """The command line with an output folder and further arguments."""
 
     def arguments(output: Path, *further: str) -> list[str]:
-        fixed = ["--backbone", backbone_folder, "--steps", "5", "--rates", "0.001", "0.01"]
+        fixed = ["--backbone", larger_backbone_folder, "--steps", "5", "--rates", "0.001", "0.01"]
         overrides = [argument for argument in further if "=" in argument]
-        return [dataset_folder, str(output), *FIELDS, *overrides, *fixed, *further[len(overrides) :]]
+        return [scenes_folder, str(output), *RUN_FIELDS, *overrides, *fixed, *further[len(overrides) :]]
 
     return arguments
 
@@ -219,10 +199,10 @@ def test_prediction_from_features_is_that_of_the_whole_model(decoder_type, photo
     assert len(prediction.unique()) > 1
 
 
-def test_evaluation_on_the_cache_is_that_of_the_whole_model(command, dataset_folder, backbone_folder, tmp_path):
+def test_evaluation_on_the_cache_is_that_of_the_whole_model(command, scenes_folder, larger_backbone_folder, tmp_path):
     """float16 storage moves a few pixels of the 3700 at most."""
-    recipe = compare.comparison_recipe("sa", backbone_folder, FIELDS)
-    data = compare.load_data(recipe, dataset_folder, tmp_path)
+    recipe = compare.comparison_recipe("sa", larger_backbone_folder, RUN_FIELDS)
+    data = compare.load_data(recipe, scenes_folder, tmp_path)
     torch.manual_seed(0)
     model = compare.build_model(recipe).eval()
     torch.nn.init.normal_(model.decoder.class_tokens)
@@ -238,11 +218,11 @@ def test_evaluation_on_the_cache_is_that_of_the_whole_model(command, dataset_fol
     assert sum(value > 0 for value in found["per_class_iou"].values()) > 1
 
 
-def test_a_decoder_learns(dataset_folder, backbone_folder, tmp_path, monkeypatch):
+def test_a_decoder_learns(scenes_folder, larger_backbone_folder, tmp_path, monkeypatch):
     """Gradients are cleared between steps, the seed is that of the crops, and the schedule ends at zero."""
-    recipe = compare.comparison_recipe("linear", backbone_folder, FIELDS)
+    recipe = compare.comparison_recipe("linear", larger_backbone_folder, RUN_FIELDS)
     recipe = recipe.replace(learning_rate=0.05, seed=5)
-    data = compare.load_data(recipe, dataset_folder, tmp_path)
+    data = compare.load_data(recipe, scenes_folder, tmp_path)
     optimizers = []
     create = compare.create_optimizer
     monkeypatch.setattr(compare, "create_optimizer", lambda *a: optimizers.append(create(*a)) or optimizers[0])
@@ -253,10 +233,10 @@ def test_a_decoder_learns(dataset_folder, backbone_folder, tmp_path, monkeypatch
     assert [group["lr"] for group in optimizers[0].param_groups] == pytest.approx([0.0, 0.0], abs=1e-12)
 
 
-def test_costs_are_those_of_the_formulas(backbone_folder):
+def test_costs_are_those_of_the_formulas(larger_backbone_folder):
     """sa: three layers with two projections and two attention products each, then cosines; attention is most of it."""
     recipes = {
-        name: compare.comparison_recipe(name, backbone_folder, FIELDS)
+        name: compare.comparison_recipe(name, larger_backbone_folder, RUN_FIELDS)
         for name in ("sa", "ca", "mask_transformer", "linear")
     }
     costs = compare.measure_costs(recipes, (9, 12), repetitions=1)
@@ -283,9 +263,11 @@ def test_costs_are_those_of_the_formulas(backbone_folder):
     assert all(decoder["milliseconds"] > 0 for decoder in costs["decoders"].values())
 
 
-def test_segmenters_decoder_is_the_published_one(backbone_folder):
+def test_segmenters_decoder_is_the_published_one(larger_backbone_folder):
     """On a backbone of transformers too: not as deep as DEPICT's."""
-    config = compare.build_model(compare.comparison_recipe("mask_transformer", backbone_folder, FIELDS)).config
+    config = compare.build_model(
+        compare.comparison_recipe("mask_transformer", larger_backbone_folder, RUN_FIELDS)
+    ).config
     assert (config.decoder_num_layers, config.decoder_num_heads, config.decoder_dropout) == (2, 1, 0.1)
     assert published_decoder_fields("mask_transformer", 384)["decoder_num_heads"] == 6
     assert published_decoder_fields("sa", 384) == {}
@@ -365,5 +347,5 @@ def test_report_refuses_runs_that_differ_and_missing_costs():
 
 
 def test_tables_in_the_repository_are_made_from_their_records():
-    for path in (Path(__file__).parents[2] / "model_cards").glob("*/comparison.json"):
+    for path in (Path(__file__).parents[3] / "model_cards").glob("*/comparison.json"):
         assert path.with_suffix(".md").read_text() == render_markdown(read(path)), path

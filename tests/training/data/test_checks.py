@@ -20,11 +20,7 @@ NAMES = ("road", "car", "sky")
 IMAGE = datasets.Image()
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 @pytest.fixture

@@ -3,10 +3,8 @@
 import json
 
 import pytest
-from conftest import tiny_model
-from test_evaluate import save_dataset, save_model
+from conftest import save_labelled_by, save_model
 
-from depict_hf import DepictImageProcessor
 from training import evaluate
 from training import robustness as command_module
 from training.evidence import robustness
@@ -17,7 +15,7 @@ def folders(tmp_path_factory):
     """Two models and a dataset labelled by the first."""
     root = tmp_path_factory.mktemp("robustness")
     models = [save_model(root / name, name) for name in ("sa", "linear")]
-    return [str(each) for each in (*models, save_dataset(root / "dataset", models[0]))]
+    return [str(each) for each in (*models, save_labelled_by(root / "dataset", models[0]))]
 
 
 def test_models_are_compared_on_the_same_corrupted_photographs(folders, tmp_path, capsys):
@@ -111,9 +109,7 @@ def test_command_line_refuses(folders, change, message, capsys):
 
 def test_models_of_other_classes_are_refused(folders, tmp_path, capsys):
     first, _, dataset = folders
-    other = tmp_path / "other"
-    tiny_model("sa", id2label=dict(enumerate("abcde"))).save_pretrained(other)
-    DepictImageProcessor(size={"shortest_edge": 32}).save_pretrained(other)
+    other = save_model(tmp_path / "other", id2label=dict(enumerate("abcde")))
     options = ["--workers", "0", "--corruptions", "contrast:1"]
     assert command_module.main([first, str(other), dataset, *options]) == 1
     assert f"{other} and {first} have different classes" in capsys.readouterr().err

@@ -9,11 +9,6 @@ from conftest import tiny_model
 from training.optimization.adapters import add_adapters, has_adapters, merge_adapters
 
 
-@pytest.fixture
-def pixel_values():
-    return torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-
-
 def randomize(model) -> None:
     """Give the adapters values, as if they had been trained."""
     generator = torch.Generator().manual_seed(1)

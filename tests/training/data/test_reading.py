@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from conftest import palette_image
 from PIL import Image
 
 from training.data.reading import LabelEncoding, UnreadableImageError, read_image, read_pair
@@ -19,12 +20,6 @@ def encoded(image: Image.Image, image_format: str = "PNG", path: str | None = No
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return {"bytes": buffer.getvalue(), "path": path}
-
-
-def palette_image(ids: np.ndarray) -> Image.Image:
-    image = Image.fromarray(ids, mode="P")
-    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9, 1, 2, 3])
-    return image
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,6 @@ PHOTO = RNG.integers(0, 256, (12, 16, 3), dtype=np.uint8)
 IDS = RNG.integers(0, 5, (12, 16), dtype=np.uint8)
 
 
-def palette_image(ids: np.ndarray) -> Image.Image:
-    image = Image.fromarray(ids, mode="P")
-    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9, 1, 2, 3])
-    return image
-
-
 def make_dataset(label_maps: list[Image.Image], photos: list | None = None) -> datasets.Dataset:
     photos = photos or [Image.fromarray(PHOTO)] * len(label_maps)
     features = datasets.Features({"image": IMAGE, "label": IMAGE})

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from training.evaluation.metrics import EvaluateMeanIoU, MeanIoU, largest_difference, scores
 
-FIXTURE = Path(__file__).parents[1] / "data" / "mean_iou.safetensors"
+FIXTURE = Path(__file__).parents[2] / "data" / "mean_iou.safetensors"
 KEYS = {"mean_iou", "mean_accuracy", "overall_accuracy", "per_category_iou", "per_category_accuracy"}
 
 

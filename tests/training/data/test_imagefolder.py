@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 from PIL import Image
 
@@ -11,10 +10,7 @@ from training.data.imagefolder import find_class_names, find_metadata, read_clas
 from training.data.loading import load_dataset_splits
 from training.data.samples import SegmentationDataset
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def write_pair(folder: Path, name: str, value: int) -> dict[str, str]:

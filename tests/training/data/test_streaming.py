@@ -7,8 +7,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import transformers
 from accelerate import skip_first_batches
+from conftest import save_backbone, save_split
 from PIL import Image
 
 from training import train
@@ -170,18 +170,12 @@ def test_later_faults_stop_training_or_are_left_out(capsys):
         read(make_part(make_stream(damaged=range(IMAGES)), skip_unreadable=True))
 
 
-def test_a_run_trains_on_a_stream(tmp_path, monkeypatch):
+def test_a_run_trains_on_a_stream(tmp_path, datasets_cache):
     """From a folder in Hub layout to the trained model: two epochs of two steps, of five images."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for split, count in (("train", 5), ("validation", 2)):
         rows = [png(value) for value in range(count)]
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
-        dataset = datasets.Dataset.from_dict({"image": rows, "label": rows}, features)
-        dataset.to_parquet(tmp_path / "scenes" / "data" / f"{split}-00000-of-00001.parquet")
-    config = transformers.Dinov2Config(
-        image_size=28, patch_size=14, hidden_size=24, num_hidden_layers=1, num_attention_heads=2
-    )
-    transformers.Dinov2Model(config).save_pretrained(tmp_path / "backbone")
+        save_split(tmp_path / "scenes", split, rows, rows)
+    save_backbone(tmp_path / "backbone", num_hidden_layers=1)
     fields = ["class_names=a,b,c,d,e", "streaming=true", "num_train_images=5", "test_split=validation", "epochs=2"]
     fields += ["cache_features=false", "batch_size=2", "size=28", "crop_size=28", "num_workers=1", "warmup_steps=1"]
     fields += ["evaluate_every_epochs=1", "precision=float32"]
@@ -201,8 +195,7 @@ def test_number_of_images_is_given_or_known():
     assert count_images(stream, "train", None) == 24
 
 
-def test_a_split_is_stored_for_evaluation(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+def test_a_split_is_stored_for_evaluation(datasets_cache):
     dataset = store(make_stream(2).take(5), "validation")
     assert str(dataset.split) == "validation"
     assert [int(np.array(row["label"])[0, 0]) for row in dataset] == [0, 1, 2, 3, 4]

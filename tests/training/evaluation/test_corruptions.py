@@ -11,7 +11,7 @@ import torch
 
 from training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption, cloud_map, parse_corruptions
 
-STREET = Path(__file__).parents[1] / "data" / "street.jpg"
+STREET = Path(__file__).parents[2] / "data" / "street.jpg"
 RANDOM = {"gaussian_noise", "shot_noise", "impulse_noise", "motion_blur", "fog"}
 SIZE = (3, 200, 260)
 
