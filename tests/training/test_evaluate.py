@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import save_labelled_by, save_model
+from conftest import save_labelled_by, save_model, tiny_model
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.export import export_model
@@ -117,13 +117,13 @@ def test_scales_flips_corruption_and_a_part_of_the_split(loaded):
     assert record["num_images"] == 3
 
 
-def test_overrides_of_the_protocol(loaded, model_folder, dataset_folder, tmp_path, monkeypatch):
+def test_overrides_of_the_protocol(loaded, model_folder, labelled_folder, tmp_path, monkeypatch):
     """The record says what was done, and its figures are those of a model that was saved so."""
     passes = []
     monkeypatch.setattr(evaluation, "segment", lambda *args: (passes.append(args[5]), segment(*args))[1])
     options = ["--size", 48, "--window-size", 40, "--window-stride", 24, "--max-batch-pixels", 1600]
     output = tmp_path / "record.json"
-    assert run_command(model_folder, dataset_folder, *options, "--output", output) == 0
+    assert run_command(model_folder, labelled_folder, *options, "--output", output) == 0
     record = json.loads(output.read_text())
     read = record["protocol"]
     assert (read["size"], read["window_size"], read["window_stride"]) == ({"shortest_edge": 48}, 40, 24)
@@ -133,7 +133,7 @@ def test_overrides_of_the_protocol(loaded, model_folder, dataset_folder, tmp_pat
     assert record["mean_iou"] == pytest.approx(expected["mean_iou"], abs=2e-3)
     assert record["mean_iou"] != pytest.approx(count_alone(loaded, range(5))["mean_iou"], abs=2e-3)
 
-    assert run_command(model_folder, dataset_folder, "--window-size", "none", "--output", output) == 0
+    assert run_command(model_folder, labelled_folder, "--window-size", "none", "--output", output) == 0
     assert json.loads(output.read_text())["protocol"]["window_size"] is None
 
 
@@ -145,8 +145,8 @@ def test_overrides_of_the_protocol(loaded, model_folder, dataset_folder, tmp_pat
         (["--max-batch-pixels", 0], "Got --max-batch-pixels 0, needed at least 1"),
     ],
 )
-def test_overrides_that_do_not_fit(model_folder, dataset_folder, capsys, options, message):
-    assert run_command(model_folder, dataset_folder, *options) == 1
+def test_overrides_that_do_not_fit(model_folder, labelled_folder, capsys, options, message):
+    assert run_command(model_folder, labelled_folder, *options) == 1
     assert message in capsys.readouterr().err
 
 

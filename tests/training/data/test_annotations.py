@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,12 +14,7 @@ from training.data.formats.shapes import inside_circle, inside_polygon, inside_r
 from training.data.loading import load_dataset_splits
 from training.data.samples import SegmentationDataset
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def photo(path: Path, grey: int = 0) -> None:
@@ -190,12 +184,12 @@ def test_coco_without_pycocotools_says_what_to_install(tmp_path, monkeypatch):
         load_dataset_splits(tmp_path)
 
 
-def test_label_maps_are_drawn_once_for_each_state_of_the_annotations(tmp_path, cache):
+def test_label_maps_are_drawn_once_for_each_state_of_the_annotations(tmp_path, datasets_cache):
     path = tmp_path / "a.json"
     write(path, coco(["a.jpg"], [{"image_id": 10, "category_id": 1, "segmentation": SMALL}], {1: "x"}))
     photo(tmp_path / "a.jpg")
     first = maps_of(load_dataset_splits(tmp_path))
-    [drawn] = cache.rglob("depict_label_maps/*/*.png")
+    [drawn] = datasets_cache.rglob("depict_label_maps/*/*.png")
     changed = drawn.stat().st_mtime_ns
     load_dataset_splits(tmp_path)
     assert drawn.stat().st_mtime_ns == changed

@@ -10,10 +10,7 @@ from PIL import Image
 from training.data import open_data, open_samples
 from training.data.naming import names_in_features, names_in_readme
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def bring(folder: Path, values: tuple[int, ...] = (0, 1, 2), count: int = 12) -> None:

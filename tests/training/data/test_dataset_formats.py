@@ -16,11 +16,7 @@ ROWS = np.array([[0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2], [0, 0, 0, 0, 0, 0], [25
 COLORS = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 255: (224, 224, 192)}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def photo(path: Path, grey: int = 0, size: tuple[int, int] = (6, 4)) -> None:
