@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import make_trainer, training_arguments
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
-from test_trainer import CLASSES, FIELDS, backbone_folder, dataset_folder, make_trainer  # noqa: F401  (fixtures)
 
 from depict_hf import DepictForSemanticSegmentation
 from training import train
@@ -19,8 +19,8 @@ from training.optimization import SegmentationTrainer
 
 
 def run(dataset, backbone, output, *fields, resume=False):
-    arguments = ["camvid_dinov2_small_sa", dataset, str(output), "--backbone", backbone, *FIELDS, "report_to=none"]
-    return train.main([*arguments, "sample_pictures=0", *fields, *(["--resume"] if resume else [])])
+    arguments = training_arguments(dataset, backbone, output, "report_to=none", "sample_pictures=0", *fields)
+    return train.main([*arguments, *(["--resume"] if resume else [])])
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def validation_of_each_step(monkeypatch):
     return set_values
 
 
-def test_steps_and_their_images_do_not_depend_on_the_passes(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+def test_steps_and_their_images_do_not_depend_on_the_passes(dataset_folder, backbone_folder, tmp_path):
     """Five images in steps of four: the fifth makes no step of its own, however many passes a step has."""
     steps = []
     for passes in (1, 2, 4):
@@ -54,7 +54,7 @@ def test_steps_and_their_images_do_not_depend_on_the_passes(dataset_folder, back
     assert all(torch.equal(each, steps[0]) for each in steps)
 
 
-def test_a_compiled_model_keeps_its_frozen_encoder_in_evaluation_mode(dataset_folder, backbone_folder, tmp_path):  # noqa: F811
+def test_a_compiled_model_keeps_its_frozen_encoder_in_evaluation_mode(dataset_folder, backbone_folder, tmp_path):
     trainer = make_trainer(dataset_folder, backbone_folder, tmp_path, "freeze_encoder=true")
     compiled = torch.compile(trainer.model, backend="eager")
     batch = next(iter(trainer.get_train_dataloader()))
@@ -101,8 +101,8 @@ def test_launches_that_cannot_work_are_refused_before_anything_is_read(tmp_path,
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_training_before_its_step(
     value,
-    dataset_folder,  # noqa: F811
-    backbone_folder,  # noqa: F811
+    dataset_folder,
+    backbone_folder,
     tmp_path,
     monkeypatch,
     capsys,
@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_ends_training_before_its_step(
     assert not (tmp_path / "checkpoint-4").exists()
 
 
-def test_the_best_model_is_kept(dataset_folder, backbone_folder, tmp_path, validation_of_each_step):  # noqa: F811
+def test_the_best_model_is_kept(dataset_folder, backbone_folder, tmp_path, validation_of_each_step):
     """Also its average, after four later checkpoints, and where the run was resumed and its folder moved."""
     validation_of_each_step({2: 0.3, 4: 0.6, 6: 0.5, 8: 0.2, 10: 0.6})
     fields = ["epochs=5", "keep_best=true", "average_decay=0.5"]
@@ -147,7 +147,7 @@ def test_the_best_model_is_kept(dataset_folder, backbone_folder, tmp_path, valid
     assert all(torch.equal(again[name], weight) for name, weight in trained.items())
 
 
-def test_training_ends_early_and_stays_ended(dataset_folder, backbone_folder, tmp_path, validation_of_each_step):  # noqa: F811
+def test_training_ends_early_and_stays_ended(dataset_folder, backbone_folder, tmp_path, validation_of_each_step):
     """Two evaluations in a row without a gain; a run resumed before or after that ends at the same step."""
     validation_of_each_step({2: 0.3, 4: 0.6, 6: 0.6, 8: 0.5, 10: 0.7, 12: 0.8})
     fields = ["epochs=6", "early_stopping=2"]
@@ -167,7 +167,7 @@ def test_training_ends_early_and_stays_ended(dataset_folder, backbone_folder, tm
         shutil.rmtree(tmp_path / "checkpoint-8")
 
 
-def test_other_data_do_not_continue_a_run(dataset_folder, backbone_folder, tmp_path, capsys):  # noqa: F811
+def test_other_data_do_not_continue_a_run(dataset_folder, backbone_folder, tmp_path, capsys):
     """The same data elsewhere do."""
     assert run(dataset_folder, backbone_folder, tmp_path / "output", "epochs=1") == 0
     shutil.copytree(dataset_folder, tmp_path / "copy")
@@ -204,8 +204,8 @@ def test_a_digest_is_of_contents_and_their_order(tmp_path):
 
 
 def test_the_trained_model_is_uploaded_as_it_was_saved(
-    dataset_folder,  # noqa: F811
-    backbone_folder,  # noqa: F811
+    dataset_folder,
+    backbone_folder,
     tmp_path,
     monkeypatch,
 ):
