@@ -13,11 +13,23 @@ from .image_processing_depict import DepictImageProcessor
 from .labels import class_names as class_names_of
 from .labels import read_class_names
 from .modeling_depict import DepictForSemanticSegmentation
-from .published_files import config_fields, count_classes, read_checkpoint, read_variant, rename_parameters
+from .published_files import (
+    MASK_TRANSFORMER_HEAD_DIM,
+    SUBSPACE_DIM,
+    config_fields,
+    count_classes,
+    read_checkpoint,
+    read_variant,
+    rename_parameters,
+)
 
 __all__ = [
+    "MASK_TRANSFORMER_HEAD_DIM",
+    "NORMALIZATIONS",
     "PROTOCOLS",
+    "PUBLISHED_OVERLAP",
     "PUBLISHED_SIZES",
+    "SUBSPACE_DIM",
     "Conversion",
     "convert_checkpoint",
     "convert_with_report",

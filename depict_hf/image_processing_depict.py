@@ -47,7 +47,8 @@ class DepictImageProcessor(TorchvisionBackend):
 
     Source:
         `BaseMMSeg`, segm/data/base.py in rstrudel/segmenter@20d1bfa; sizes as in mmcv's `rescale_size`. There the
-        longest edge is bounded too, at 2 (Cityscapes), 4 (ADE20K) or 8 times `size`; here only if asked for.
+        longest edge is always bounded, at 2 (Cityscapes), 4 (ADE20K) or 8 times (Pascal Context) the shortest; here
+        if `size` says so, as that of converted models does (`published_protocol` in conversion.py).
     """
 
     valid_kwargs = DepictImageProcessorKwargs
@@ -94,8 +95,8 @@ class DepictImageProcessor(TorchvisionBackend):
         """(height, width) in pixels that an image of `height` x `width` is resized to.
 
         Args:
-            size: As in the constructor; the processor's own `size` if omitted. A scale of the published multi-scale
-                protocol is `{"shortest_edge": int(shortest_edge * scale)}`.
+            size: As in the constructor; the processor's own `size` if omitted. At a scale of the published multi-scale
+                protocol, both edges of `size` are multiplied by the scale and cut off to whole pixels.
         """
         size = self.size if size is None else size
         if size.get("height"):

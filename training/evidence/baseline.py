@@ -133,8 +133,8 @@ class StraightforwardModel:
     def _prepare(self, image_processor: DepictImageProcessor, photo: np.ndarray, scale: float) -> Tensor:
         """The photograph at one scale, `(1, 3, height, width)`, normalised and at least of a window's size."""
         image = torch.from_numpy(photo).permute(2, 0, 1)[None].float()
-        side = int(image_processor.size["shortest_edge"] * scale)
-        size = image_processor.resize_size(*photo.shape[:2], {"shortest_edge": side})
+        bounds = {name: int(side * scale) for name, side in dict(image_processor.size).items()}
+        size = image_processor.resize_size(*photo.shape[:2], bounds)
         if size != photo.shape[:2]:
             image = F.interpolate(image, size=size, mode="bilinear").round()
         mean, std = (

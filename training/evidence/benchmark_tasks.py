@@ -15,12 +15,13 @@ import transformers
 from torch import Tensor, nn
 
 from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf.conversion import PUBLISHED_OVERLAP
 from depict_hf.inference import segment
 from depict_hf.vit import LayerRecord
 
 from .baseline import StraightforwardModel
 
-PUBLISHED_WINDOW, PUBLISHED_OVERLAP = 512, 32
+PUBLISHED_WINDOW = 512
 PUBLISHED_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 REFERENCE = "straightforward"
 OURS = "depict_hf"
