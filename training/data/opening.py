@@ -144,6 +144,11 @@ def _choose_names(
             f"Ids begin at {ids[0]}: no label map holds 0, and nobody names the classes. Pass reduce_labels=true "
             f"(training.evaluate: --reduce-labels), and 1 is the first class, 0 ignored. Or keep 0 as a class. {how}."
         )
+    if ids[-1] > IGNORE_LABEL:
+        raise ValueError(
+            f"Label maps hold ids up to {ids[-1]}, and nobody names the classes. If {ids[-1]} is to be ignored, "
+            f"write {IGNORE_LABEL} there instead, as ids of 16 bits do not mark it otherwise. {how}."
+        )
     if ids[-1] >= 2 * len(ids):
         rows = "".join(f"\n  NAME{index},{value},{value},{value}" for index, value in enumerate(ids[: _SHOWN * 2]))
         raise ValueError(

@@ -14,6 +14,8 @@ from accelerate.data_loader import DataLoaderShard
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
+from depict_hf.configuration_depict import IGNORE_LABEL
+
 from .augmentation import TrainingAugmentation
 from .loading import find_columns
 from .reading import LabelEncoding, UnreadableImageError
@@ -146,16 +148,23 @@ def check_stream(
     """Read the first `CHECKED_IMAGES` of a stream; the others are checked while they are trained on.
 
     Raises:
-        ValueError: If images or label maps are at fault; the message names all of those.
+        ValueError: If images or label maps are at fault, the message names all of those, or they have but one class,
+            as masks of 0 and 255 seem to have.
     """
     columns = stream_columns(stream, image_column, label_column)
-    faults = []
+    faults, seen = [], set()
     for place, row in enumerate(undecoded(stream, *columns).take(CHECKED_IMAGES)):
         try:
-            read_sample(row[columns[0]], row[columns[1]], encoding, f"Image {place} of the stream")
+            sample = read_sample(row[columns[0]], row[columns[1]], encoding, f"Image {place} of the stream")
+            seen |= set(sample["labels"].unique().tolist())
         except ValueError as error:
             if not (skip_unreadable and isinstance(error, UnreadableImageError)):
                 faults.append(str(error))
+    if not faults and seen == {0, IGNORE_LABEL}:
+        raise ValueError(
+            f"The first {CHECKED_IMAGES} label maps of the stream hold class 0 and ignored pixels only, as masks of 0 "
+            "and 255 do; without streaming, and with two class names, their 255 is taken for the second class."
+        )
     if faults:
         lines = "".join(f"\n  {fault}" for fault in faults)
         raise ValueError(

@@ -13,7 +13,7 @@ from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.inference import MAX_BATCH_PIXELS
 from depict_hf.loading import BACKENDS, DTYPES, load_model, override_protocol, parse_window_size
 
-from ..data import SegmentationDataset, load_dataset_splits, open_samples
+from ..data import SegmentationDataset, complete_splits, load_dataset_splits, open_samples, print_once
 from .evaluate_split import Execution, Protocol
 
 if TYPE_CHECKING:
@@ -110,6 +110,10 @@ def load_samples(
     """
     with state.main_process_first():
         splits = load_dataset_splits(arguments.dataset)
+        if arguments.split.partition("[")[0] not in splits:
+            # As `open_data` makes it for training, so that no image is both trained and evaluated on.
+            splits = complete_splits(splits, arguments.image_column, arguments.label_column)
+            print_once("\n".join(splits.notes))
         # The other processes find what the main process found while it read all images.
         return open_samples(
             splits,

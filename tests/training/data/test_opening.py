@@ -1,14 +1,17 @@
 """From a folder that somebody brings to checked splits, class names, and a text; names in features and READMEs."""
 
+import argparse
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+from accelerate import PartialState
 from PIL import Image
 
-from training.data import open_data, open_samples
+from training.data import LabelEncoding, check_stream, load_dataset_splits, open_data, open_samples
 from training.data.naming import names_in_features, names_in_readme
+from training.evaluation.arguments import add_data_arguments, load_samples
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -68,6 +71,29 @@ def test_masks_of_0_and_255_are_two_classes_named_or_not(tmp_path):
         open_data(tmp_path, ["crack"])
 
 
+def test_streams_of_masks_of_0_and_255_are_refused(tmp_path):
+    bring(tmp_path, (0, 255))
+    stream = load_dataset_splits(tmp_path, streaming=True)["train"]
+    with pytest.raises(
+        ValueError, match="class 0 and ignored pixels only, as masks of 0 and 255 do; without streaming"
+    ):
+        check_stream(stream, LabelEncoding.counted(2))
+
+
+def test_evaluation_finds_the_test_split_that_training_left_out(tmp_path, capsys):
+    bring(tmp_path)
+    data = open_data(tmp_path, ["a", "b", "c"])
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser)
+    arguments = parser.parse_args([str(tmp_path)])
+    samples = load_samples(arguments, data.class_names, False, PartialState(cpu=True))
+    expected = data.samples["test"]
+    assert [samples.name(index) for index in range(len(samples))] == [
+        expected.name(index) for index in range(len(expected))
+    ]
+    assert "it has no splits, so they are made" in capsys.readouterr().out
+
+
 def test_ids_from_1_and_grey_levels_without_names_are_explained(tmp_path):
     bring(tmp_path, (1, 2, 3))
     with pytest.raises(ValueError, match=r"Ids begin at 1: no label map holds 0.*reduce_labels=true"):
@@ -75,6 +101,11 @@ def test_ids_from_1_and_grey_levels_without_names_are_explained(tmp_path):
     data = open_data(tmp_path, reduce_labels=True)
     assert data.class_names == ("class 0", "class 1", "class 2")
     assert data.samples["train"][0]["labels"][0].tolist() == [0, 1, 2] * 2
+    bring(tmp_path, (0, 1, 2))
+    for path in (tmp_path / "masks").iterdir():
+        Image.fromarray(np.resize(np.array([0, 65535], dtype=np.uint16), (4, 6))).save(path)
+    with pytest.raises(ValueError, match=r"ids up to 65535.*write 255 there instead"):
+        open_data(tmp_path)
     bring(tmp_path, (0, 100, 200))
     with pytest.raises(ValueError, match=r"(?s)ids 0, 100, 200, with gaps.*name,r,g,b\n  NAME0,0,0,0\n  NAME1,100,100"):
         open_data(tmp_path)
