@@ -5,12 +5,6 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-# Two-sided 95 % quantiles of Student's t, by degrees of freedom from 1.
-T_QUANTILES = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 BASELINE = "mask_transformer"
 DEPICT = ("sa", "ca")
 CLAIM = "DEPICT is at least as accurate as Segmenter with under a tenth of its decoder parameters"
@@ -110,20 +104,32 @@ def mean_and_deviation(values: Sequence[float]) -> dict[str, float | None]:
 def paired_difference(first: dict[int, float], second: dict[int, float]) -> dict:
     """`first` minus `second` over the seeds that both have: each, their mean, and its 95 % interval by Student's t.
 
-    The interval is None below two common seeds.
-
-    Raises:
-        ValueError: If there are more common seeds than quantiles.
+    The interval is None below two common seeds, and a single point where all differences are the same.
     """
     seeds = sorted(first.keys() & second.keys())
     values = [first[seed] - second[seed] for seed in seeds]
-    if len(values) > len(T_QUANTILES) + 1:
-        raise ValueError(f"Got {len(values)} seeds, needed at most {len(T_QUANTILES) + 1}, as far as quantiles go.")
     mean, interval = statistics.fmean(values) if values else None, None
     if len(values) > 1:
-        half = T_QUANTILES[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+        half = t_quantile(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
         interval = [mean - half, mean + half]
     return {"by_seed": dict(zip(map(str, seeds), values, strict=True)), "mean": mean, "interval": interval}
+
+
+def t_quantile(freedom: int, confidence: float = 0.95) -> float:
+    """Two-sided quantile of Student's t: between minus this and this lies `confidence` of the distribution.
+
+    Args:
+        freedom: Degrees of freedom, at least 1.
+        confidence: A fraction.
+
+    Raises:
+        ImportError: If scipy is missing.
+    """
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise ImportError("Intervals need scipy; install the extra: pip install 'depict-hf[train]'.") from error
+    return float(t.ppf((1 + confidence) / 2, freedom))
 
 
 def compared_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
