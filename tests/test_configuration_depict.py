@@ -87,3 +87,15 @@ def test_a_backbone_without_square_patches_is_refused():
 
     with pytest.raises(ValueError, match="patch_size=None; DEPICT needs one feature map of square patches"):
         _ = DepictConfig(backbone_config=ResNetConfig()).encoder_patch_size
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_temperature_that_cannot_divide_is_refused(temperature):
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        DepictConfig(temperature=temperature)
+
+
+def test_a_temperature_is_saved(tmp_path):
+    assert DepictConfig().temperature == 1
+    DepictConfig(temperature=1.7).save_pretrained(tmp_path)
+    assert DepictConfig.from_pretrained(tmp_path).temperature == 1.7

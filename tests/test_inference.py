@@ -1,6 +1,8 @@
 """The protocol, step by step in plain tensor operations, against `segment`; what shares a pass; files and threads."""
 
+import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ import torch.nn.functional as F
 from conftest import tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from depict_hf import DepictImageProcessor
+from depict_hf import DepictImageProcessor, resampling
 from depict_hf.inference import load_photo, segment, segment_files, segment_stream
+from depict_hf.windows import CoarseScores, label_views
 from training.evaluation.measurement import peak_extra_bytes
 
 
@@ -251,7 +254,159 @@ def test_no_scores_of_all_classes_at_full_size(image_processor):
     [photo] = random_photos((1000, 2000))
     segment(model, image_processor, [photo])
     assert peak_extra_bytes(lambda: segment(model, image_processor, [photo])) < 2e8
+    assert peak_extra_bytes(lambda: segment(model, image_processor, [photo], return_confidence=True)) < 2e8
     assert peak_extra_bytes(lambda: segment(model, image_processor, [photo], scales=(1.0, 1.5), flip=True)) < 2e8
+
+
+def step(model, pixel_values, labels) -> torch.Tensor:
+    """Gradient of the position embeddings in one training step."""
+    model.zero_grad()
+    model.train()(pixel_values, labels=labels).loss.backward()
+    return model.encoder.embeddings.position_embeddings.grad.clone()
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """A grid of 4 x 6 patches, which the position embeddings (4 x 4) are resized to."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(1, 3, 32, 48, generator=generator), torch.randint(0, 5, (1, 32, 48), generator=generator)
+
+
+def test_training_beside_an_open_stream_keeps_its_gradients(image_processor, batch):
+    """A step of the same model after each photograph of a stream whose grid is the step's."""
+    model = tiny_model("ca")
+    expected = step(model, *batch)
+    assert expected.abs().max() > 0
+    labels = segment_stream(model.eval(), image_processor, random_photos(*[(32, 48)] * 12), max_batch_pixels=1)
+    for _ in labels:
+        assert torch.equal(step(model, *batch), expected)
+        model.eval()
+
+
+def test_training_beside_another_thread_keeps_its_gradients(image_processor, batch):
+    """Fails if anything that depends on the weights is left on the model, or shared, by a call of `segment`."""
+    model = tiny_model("ca").train()
+    expected = step(model, *batch)
+    over = threading.Event()
+    shown = copy.copy(model)  # the same modules and weights; `training` alone is its own
+    shown.training = False
+
+    def run() -> int:
+        calls = 0
+        while not over.is_set() or not calls:
+            segment(shown, image_processor, random_photos((32, 48), (48, 32)))
+            calls += 1
+        return calls
+
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(run) for _ in range(2)]
+        try:
+            for _ in range(60):
+                torch.testing.assert_close(step(model, *batch), expected, atol=1e-6, rtol=1e-5)
+        finally:
+            over.set()
+        assert all(each.result() for each in running)
+
+
+@pytest.mark.parametrize("return_confidence", [False, True])
+def test_threads_give_what_one_gives(return_confidence, image_processor):
+    """Eight threads, each with photographs of other sizes, on one model, all at once."""
+    model = window_model()
+    photos = [random_photos((40 + seed, 60), (70, 33 + 2 * seed)) for seed in range(8)]
+    options = {"scales": (1.0, 1.5), "return_confidence": return_confidence}
+    serial = [segment(model, image_processor, each, **options) for each in photos]
+    resampling._kept.clear()
+    start = threading.Barrier(8)
+
+    def run(each) -> list:
+        start.wait()
+        return [segment(model, image_processor, each, **options) for _ in range(2)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for expected, found in zip(serial, pool.map(run, photos), strict=True):
+            for results in found:
+                torch.testing.assert_close(results, expected, atol=0, rtol=0)
+
+
+class TestConfidence:
+    def probabilities(self, model, image_processor, photo, scales, flip, temperature) -> torch.Tensor:
+        """`(num_labels, height, width)`, step by step at full size."""
+        total, size = 0, photo.shape[:2]
+        for scale in scales:
+            pixels = image_processor(photo, size={"shortest_edge": int(32 * scale)}, return_tensors="pt")[
+                "pixel_values"
+            ]
+            for mirror in (False, True) if flip else (False,):
+                with torch.no_grad():
+                    logits = model(pixels.flip(-1) if mirror else pixels).logits
+                # By way of the resized photograph's own size, and of whole patches.
+                padded = [-(-side // 8) * 8 for side in pixels.shape[-2:]]
+                if logits.shape[-1] < pixels.shape[-1]:
+                    logits = resize(logits, padded)[..., : pixels.shape[-2], : pixels.shape[-1]]
+                logits = resize(logits, size) / temperature
+                total = total + (logits.flip(-1) if mirror else logits).softmax(dim=1)[0]
+        return total / (len(scales) * (1 + flip))
+
+    @pytest.mark.parametrize("windows", [{}, {"window_size": 32, "window_stride": 20}])
+    @pytest.mark.parametrize(("scales", "flip"), [((1.0,), False), ((1.0, 1.5), True)])
+    @pytest.mark.parametrize("temperature", [1.0, 2.5])
+    def test_is_the_probability_of_the_label(self, windows, scales, flip, temperature, image_processor, monkeypatch):
+        """Fails if the margin is to another class than the next, views are averaged before the softmax, the
+        temperature is left out or reaches the labels, or bands are put together wrongly."""
+        monkeypatch.setitem(resampling.BAND_ELEMENTS, "cpu", 3000)
+        model = tiny_model("ca", temperature=temperature, **windows)
+        [photo] = random_photos((50, 70))
+        options = {"scales": scales, "flip": flip}
+        [plain] = segment(model, image_processor, [photo], **options)
+        [result] = segment(model, image_processor, [photo], **options, return_confidence=True)
+        assert torch.equal(result.labels, plain) and result.labels.dtype == torch.int64
+        assert result.confidence.dtype == result.margin.dtype == torch.float32
+        expected = self.probabilities(model, image_processor, photo, scales, flip, temperature)
+        of_label = expected.gather(0, result.labels[None])
+        others = expected.scatter(0, result.labels[None], 0).amax(dim=0)
+        torch.testing.assert_close(result.confidence, of_label[0], atol=2e-5, rtol=0)
+        torch.testing.assert_close(result.margin, of_label[0] - others, atol=2e-5, rtol=0)
+
+    def test_the_temperature_never_changes_a_label(self, image_processor):
+        photos = random_photos((50, 70))
+        maps = [
+            segment(tiny_model("ca", temperature=temperature), image_processor, photos, (1.0, 1.5), True, **more)[0]
+            for temperature, more in ((1.0, {}), (0.05, {}), (30, {}))
+        ]
+        assert torch.equal(maps[0], maps[1]) and torch.equal(maps[0], maps[2])
+
+    def test_a_margin_is_negative_where_the_temperature_prefers_another_class(self):
+        """Two views: class 0 wins on average at temperature 1, class 1 where large logits count for less."""
+        logits = torch.tensor([[8.0, 0.0, 0.0], [0.0, 2.0, -9.0]])
+        views = [CoarseScores.from_windows([each[:, None, None]], [(0, 0)], (1, 1), (1, 1), (1, 1)) for each in logits]
+        probabilities = (logits / 10).softmax(dim=1).mean(dim=0)
+        result = label_views(views, True, 0.1), label_views(views, True, 10.0)
+        assert [each.labels.item() for each in result] == [0, 0]
+        torch.testing.assert_close(result[1].confidence[0, 0], probabilities[0])
+        torch.testing.assert_close(result[1].margin[0, 0], probabilities[0] - probabilities[1])
+
+    def test_one_class_is_certain(self):
+        view = CoarseScores.from_windows([torch.randn(1, 2, 2)], [(0, 0)], (4, 4), (4, 4), (4, 4))
+        for views in ([view], [view, view]):
+            labels, confidence, margin = label_views(views, True)
+            assert (labels == 0).all() and (confidence == 1).all() and (margin == 1).all()
+
+    def test_equal_sizes(self):
+        scores = torch.randn(5, 6, 7)
+        view = CoarseScores.from_windows([scores], [(0, 0)], (6, 7), (6, 7), (6, 7))
+        labels, confidence, margin = label_views([view], True)
+        highest = scores.softmax(dim=0).topk(2, dim=0)
+        assert torch.equal(labels.long(), highest.indices[0])
+        torch.testing.assert_close(confidence, highest.values[0])
+        torch.testing.assert_close(margin, highest.values[0] - highest.values[1])
+        assert torch.equal(view.mosaic, scores.permute(1, 2, 0))  # which somebody else may hold
+
+    def test_files_get_it_too(self, photo, image_processor, tmp_path):
+        photo.save(tmp_path / "photo.png")
+        [file] = segment_files(
+            tiny_model(), image_processor, [tmp_path / "photo.png"], lambda *parts: parts[2], return_confidence=True
+        )
+        assert file.result.confidence.shape == file.result.labels.shape == (50, 70)
 
 
 def test_unreadable_files_raise_oserror(tmp_path):

@@ -1,5 +1,7 @@
 """Overrides of the protocol that a model carries."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from conftest import tiny_model
 
 from depict_hf import DepictImageProcessor
 from depict_hf.inference import segment
-from depict_hf.loading import override_protocol, parse_window_size
+from depict_hf.loading import load_model, native_dtype, override_protocol, parse_window_size
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
 
@@ -87,3 +89,40 @@ def test_an_export_of_one_size_keeps_its_window():
 
 def test_option_of_commands():
     assert (parse_window_size("none"), parse_window_size("48")) == ("none", 48)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_the_processor_decides_the_dtype(capabilities, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert native_dtype() == native_dtype("cpu") == native_dtype(torch.device("cpu")) == expected
+    tiny_model().save_pretrained(tmp_path)
+    DepictImageProcessor().save_pretrained(tmp_path)
+    assert load_model(tmp_path, dtype="auto")[0].dtype == expected
+    assert load_model(tmp_path)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_cuda_decides_without_emulation(native, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: True if including_emulation else native
+    )
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    assert native_dtype("cuda:0") == (torch.bfloat16 if native else torch.float32)
+
+
+def test_other_devices_compute_in_float32():
+    assert native_dtype("mps") == torch.float32
+
+
+def test_an_unknown_dtype_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Unknown dtype 'int4'; choose one of auto, float32, bfloat16, float16"):
+        load_model(tmp_path, dtype="int4")

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config, tiny_model
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForSemanticSegmentation,
     BeitConfig,
@@ -101,6 +102,55 @@ def test_labels_that_are_no_class_are_refused(pixel_values, label, ignore):
     model = tiny_model(semantic_loss_ignore_index=ignore)
     with pytest.raises(ValueError, match=rf"Got labels \[{label}\], needed ids from 0 to 4 or {ignore}"):
         model(pixel_values, labels=labels)
+
+
+def test_labels_that_are_no_class_are_refused_in_compiled_models_too(pixel_values):
+    """Without a graph break; the message cannot say which label it was."""
+    model = torch.compile(tiny_model(), fullgraph=True, backend="aot_eager")
+    labels = LABELS.clone()
+    labels[0, :4] = 255
+    torch.testing.assert_close(model(pixel_values, labels=labels).loss, tiny_model()(pixel_values, labels=labels).loss)
+    labels[1, 2, 3] = 5
+    with pytest.raises(RuntimeError, match="Got labels that are no class ids, needed ids from 0 to 4 or 255"):
+        model(pixel_values, labels=labels)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("windows", [{}, {"window_size": 32, "window_stride": 20}])
+def test_a_compiled_model_takes_any_size(windows, decoder_type):
+    """Padding, merging and cropping as without compiling, without a graph break."""
+    model = tiny_model(decoder_type, **windows)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=not windows)
+    for size in ((30, 41), (37, 70)):
+        image = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(image).logits, model(image).logits, atol=1e-5, rtol=1e-4)
+    torch.compiler.reset()
+
+
+def test_the_loss_is_exact_under_reduced_precision_and_checkpointing():
+    """Against float64: value and gradient, the second time too, where the forward pass runs once more."""
+    generator = torch.Generator().manual_seed(4)
+    logits = 5 * torch.randn(2, 5, 4, 6, generator=generator)
+    labels = torch.randint(0, 5, (2, 35, 50), generator=generator)
+    expected = logits.double().requires_grad_()
+    segmentation_loss(expected, labels, 255).backward()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for kept in (True, False):
+            leaf = logits.clone().requires_grad_()
+            arguments = (leaf, labels, 255)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = (
+                    segmentation_loss(*arguments)
+                    if kept
+                    else checkpoint(segmentation_loss, *arguments, use_reentrant=False)
+                )
+            loss.backward(retain_graph=True)
+            loss.backward()
+            torch.testing.assert_close(leaf.grad.double(), 2 * expected.grad, atol=1e-8, rtol=1e-4)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("labels", [LABELS[:1], LABELS.float(), LABELS[:, None]])
