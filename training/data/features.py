@@ -15,7 +15,7 @@ from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.modeling_depict import DepictSemanticSegmenterOutput, segmentation_loss
 from depict_hf.vit import LayerRecord
-from depict_hf.windows import pad_to_multiple, resize_bilinear
+from depict_hf.windows import merge_windows, pad_to_multiple
 
 from .samples import SegmentationDataset, sample_generator
 
@@ -50,7 +50,7 @@ class DecoderOnFeatures(nn.Module):
         if input_size is not None:
             height, width = input_size[0].tolist()
             padded_size = tuple(side * self.config.encoder_patch_size for side in grid_size)
-            logits = resize_bilinear(logits, padded_size)[..., :height, :width]
+            logits = merge_windows([logits], [(0, 0)], (height, width), padded_size)
         loss = None
         if labels is not None:
             loss = segmentation_loss(logits, labels, self.config.semantic_loss_ignore_index)

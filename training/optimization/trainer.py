@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from depict_hf.configuration_depict import IGNORE_LABEL
-from depict_hf.windows import resize_bilinear
+from depict_hf.windows import CoarseScores, label_map
 
 from ..data import EpochSampler, StreamingDataset
 from ..evaluation import MeanIoU, sample_picture, spread, write_picture
@@ -332,11 +332,11 @@ class SegmentationTrainer(transformers.Trainer):
     def _predict(self, model: nn.Module, inputs: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
         """Label maps of one batch at `size`, `(batch, height, width)`."""
         with self.compute_loss_context_manager():
-            logits = model(**inputs).logits.float()
-        if "pixel_values" in inputs:
-            # By way of the input's size, as in `depict_hf.inference.segment`.
-            logits = resize_bilinear(logits, inputs["pixel_values"].shape[-2:])
-        return resize_bilinear(logits, size).argmax(dim=1)
+            logits = model(**inputs).logits
+        # By way of the input's size, as in `depict_hf.inference.segment`.
+        covered = tuple(inputs.get("pixel_values", logits).shape[-2:])
+        views = [CoarseScores.from_windows([each], [(0, 0)], covered, covered, size) for each in logits]
+        return torch.stack([label_map([view]) for view in views]).long()
 
     def _show(self, share: Subset, position: int, labels: Tensor, prediction: Tensor) -> None:
         """Write the picture of one image of this process's share, also to TensorBoard where that is reported to."""
