@@ -1,7 +1,7 @@
 # Shorthands for the README's commands.
 PYTHON ?= python3
 
-.PHONY: setup segment test lint
+.PHONY: setup segment test lint gpu
 
 setup: .venv/bin/depict
 
@@ -20,3 +20,8 @@ test: setup
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# What only a GPU can show, then a short benchmark on it; under ten minutes on one card.
+gpu: setup
+	.venv/bin/pytest -m gpu tests/gpu
+	.venv/bin/python -m training.benchmark --device cuda --seconds 10

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from depict_hf.configuration_depict import DECODER_TYPES, ENCODER_PRESETS, IGNORE_LABEL
+from depict_hf.loading import native_dtype
 
 from .data import read_class_names
 from .settings import Section, nearest_name, parse_value, setting, text_of
@@ -167,9 +170,15 @@ class HardwareSection(Section):
     """How it is computed and kept, which (but for `precision`) does not change what is learnt."""
 
     precision: str = setting(
-        '"float32", or "bf16" for autocast of the forward pass; the loss is float32 in both.',
+        '"float32"; "bf16" or "fp16" (on accelerators, gradients scaled) for autocast of the forward pass; or "auto", '
+        "bf16 where the processor multiplies it natively, else float32. The loss is float32 in all.",
         "float32",
-        choices=("float32", "bf16"),
+        choices=("float32", "bf16", "fp16", "auto"),
+    )
+    tf32: bool = setting(
+        "Whether matrix products in float32 may be rounded to 10 bits of mantissa on GPUs that are faster so; how "
+        "scores are enlarged and the loss are exact in any case.",
+        False,
     )
     gradient_checkpointing: bool = setting(
         "Whether activations are computed again in the backward pass instead of kept.", False
@@ -333,6 +342,23 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": EvaluationSection,
     "hardware": HardwareSection,
 }
+
+
+def resolve_precision(recipe: Recipe) -> Recipe:
+    """The recipe with a precision of its own where it was "auto", on the device that this process trains on.
+
+    Raises:
+        ValueError: If the precision is fp16 and there is no accelerator.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    if recipe.hardware.precision == "fp16" and device.type == "cpu":
+        raise ValueError(
+            "Got precision=fp16 on a CPU, which has no fast float16 and no scaling of its gradients; pass "
+            "precision=auto, bf16 or float32."
+        )
+    if recipe.hardware.precision != "auto":
+        return recipe
+    return recipe.replace(precision="bf16" if native_dtype(device) == torch.bfloat16 else "float32")
 
 
 def find_field(name: str) -> tuple[str, dataclasses.Field]:

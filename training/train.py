@@ -54,7 +54,7 @@ from .optimization import (
     find_checkpoint,
     freeze_encoder_blocks,
 )
-from .recipe import Recipe
+from .recipe import Recipe, resolve_precision
 from .recipes import get_recipe
 
 
@@ -175,6 +175,8 @@ def build_trainer(recipe: Recipe, splits, output: Path) -> tuple[SegmentationTra
     Raises:
         ValueError: If the data do not suit the recipe, or the batch cannot be divided among the processes.
     """
+    recipe = resolve_precision(recipe)
+    set_exactness(recipe.hardware.tf32)
     set_seed(recipe.optimization.seed)
     image_processor = build_image_processor(recipe)
     model = build_model(recipe)
@@ -183,6 +185,7 @@ def build_trainer(recipe: Recipe, splits, output: Path) -> tuple[SegmentationTra
     num_images = count_training_images(recipe, splits) if recipe.data.streaming else len(training_samples)
     arguments = training_arguments(recipe, output, num_images)
     if recipe.data.cache_features:
+        model.to(arguments.device)  # where features are computed
         encoding = (image_processor, output / "features")
         autocast = recipe.hardware.precision == "bf16"
         with arguments.main_process_first():  # it alone computes them
@@ -206,6 +209,15 @@ def build_trainer(recipe: Recipe, splits, output: Path) -> tuple[SegmentationTra
         processing_class=image_processor,
     )
     return trainer, model
+
+
+def set_exactness(tf32: bool) -> None:
+    """Say, for this process, whether products and convolutions in float32 may be rounded to TF32.
+
+    PyTorch by itself rounds convolutions and does not round matrix products.
+    """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def check_data(recipe: Recipe, splits) -> None:
@@ -317,8 +329,6 @@ def build_augmentation(recipe: Recipe) -> TrainingAugmentation:
     return TrainingAugmentation(
         size=recipe.data.size,
         crop_size=recipe.data.crop_size,
-        mean=recipe.data.image_mean,
-        std=recipe.data.image_std,
         long_side_factor=recipe.data.long_side_factor,
         scale_range=recipe.data.scale_range,
         photometric=recipe.data.photometric,
@@ -348,10 +358,12 @@ def training_arguments(recipe: Recipe, output: Path, num_images: int) -> Trainin
         dataloader_drop_last=True,
         dataloader_num_workers=recipe.hardware.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
         learning_rate=recipe.optimization.learning_rate,
         max_grad_norm=recipe.optimization.max_grad_norm,
         use_cpu=not torch.accelerator.is_available(),
         bf16=recipe.hardware.precision == "bf16",
+        fp16=recipe.hardware.precision == "fp16",
         seed=recipe.optimization.seed,
         eval_strategy="steps",
         eval_steps=steps,
@@ -414,6 +426,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = get_recipe(arguments.recipe).override(arguments.overrides)
         if arguments.backbone is not None:
             recipe = recipe.replace(backbone=arguments.backbone)
+        asked, recipe = recipe.hardware.precision, resolve_precision(recipe)
+        if asked != recipe.hardware.precision:
+            print_once(f"precision={asked} is {recipe.hardware.precision} here")
         circumstances = check_launch(recipe)
         checkpoint = find_checkpoint(arguments.output, arguments.resume)
         known = None if checkpoint is None else arguments.output / "recipe.json"

@@ -1,21 +1,28 @@
 """Where training ends, stops, is divided, continues or is refused in unusual ways."""
 
+import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_trainer, training_arguments
+from conftest import make_trainer, tiny_config, training_arguments
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
 
 from depict_hf import DepictForSemanticSegmentation
 from training import train
 from training.data import digest
-from training.optimization import SegmentationTrainer
+from training.optimization import RecipeLoss, SegmentationTrainer
+from training.optimization.stochastic_depth import share_stochastic_depth
+from training.recipe import resolve_precision
+from training.recipes import camvid_dinov2_small
 
 
 def run(dataset, backbone, output, *fields, resume=False):
@@ -62,6 +69,53 @@ def test_a_compiled_model_keeps_its_frozen_encoder_in_evaluation_mode(dataset_fo
     trainer.compute_loss(compiled, batch)
     assert not any(module.training for module in trainer.model.encoder.modules())
     assert all(module.training for module in trainer.model.decoder.modules())
+
+
+@pytest.mark.parametrize(
+    "loss", [None, RecipeLoss(torch.rand(5), focal_gamma=1.0, dice_weight=0.5)], ids=["own", "all"]
+)
+@pytest.mark.parametrize("decoder_type", ["sa", "ca", "cbsa", "mask_transformer", "linear"])
+def test_a_training_step_stays_on_the_accelerator(decoder_type, loss, training, monkeypatch):
+    """From bytes to the loss, which computes its gradient, too.
+
+    Fake CUDA tensors raise where devices mix and where a value is read back to the host.
+    """
+    trainer = training
+    trainer.loss = copy.deepcopy(loss)
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
+    trainer.current_gradient_accumulation_steps = 1
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        # Drawing from a truncated normal distribution ends when values that are read say so.
+        with torch.device("cuda"), no_init_weights():
+            model = DepictForSemanticSegmentation(tiny_config(decoder_type, drop_path_rate=0.5)).train()
+        trainer.stochastic_depth = share_stochastic_depth(model)
+        batch = {
+            "pixel_values": torch.zeros(2, 3, 32, 48, dtype=torch.uint8, device="cuda"),
+            "labels": torch.zeros(2, 32, 48, dtype=torch.uint8, device="cuda"),
+            "input_size": torch.full((2, 2), 32, device="cuda"),
+        }
+        batches, weight = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+        value = trainer.compute_loss(model, batches[0], num_items_in_batch=weight)
+    assert value.device.type == weight.device.type == "cuda"
+    assert value.requires_grad
+
+
+@pytest.fixture
+def training(dataset_folder, backbone_folder, tmp_path):
+    """A trainer on the CPU, of a run that has not begun."""
+    return make_trainer(dataset_folder, backbone_folder, tmp_path)
+
+
+def test_workers_change_nothing(dataset_folder, backbone_folder, tmp_path):
+    """They stay from epoch to epoch."""
+    weights = []
+    for workers in ("0", "1"):
+        fields = ["epochs=3", "evaluate_every_epochs=3", f"num_workers={workers}"]
+        trainer = make_trainer(dataset_folder, backbone_folder, tmp_path / workers, *fields)
+        trainer.train()
+        weights.append({name: each.clone() for name, each in trainer.model.state_dict().items()})
+    assert trainer.callback_handler.train_dataloader.persistent_workers
+    assert all(torch.equal(weights[1][name], each) for name, each in weights[0].items())
 
 
 def test_only_public_methods_of_trainer_are_overridden():
@@ -165,6 +219,43 @@ def test_training_ends_early_and_stays_ended(dataset_folder, backbone_folder, tm
         weights = load_file(tmp_path / "model.safetensors")
         assert all(torch.equal(weights[name], each) for name, each in trained.items())
         shutil.rmtree(tmp_path / "checkpoint-8")
+
+
+@pytest.mark.parametrize(("native", "resolved"), [(torch.bfloat16, "bf16"), (torch.float32, "float32")])
+def test_precision_by_what_the_processor_has(native, resolved, monkeypatch):
+    monkeypatch.setattr("training.recipe.native_dtype", lambda device: native)
+    recipe = camvid_dinov2_small("sa").replace(precision="auto")
+    assert resolve_precision(recipe).hardware.precision == resolved
+    assert resolve_precision(recipe.replace(precision="float32")).hardware.precision == "float32"
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 is refused on CPUs only")
+def test_fp16_is_refused_on_a_cpu(tmp_path, capsys):
+    assert train.main(["camvid_dinov2_small_sa", "no data", str(tmp_path), "precision=fp16"]) == 1
+    assert "precision=fp16 on a CPU" in capsys.readouterr().err
+
+
+def test_fp16_scales_gradients_on_accelerators(monkeypatch, tmp_path):
+    """By what `TrainingArguments` makes of it; that steps are right, only a GPU can show (tests/gpu)."""
+    arguments = []
+    monkeypatch.setattr(
+        train, "TrainingArguments", lambda **fields: arguments.append(fields) or SimpleNamespace(n_gpu=1, world_size=1)
+    )
+    for precision in ("float32", "bf16", "fp16"):
+        train.training_arguments(camvid_dinov2_small("sa").replace(precision=precision), tmp_path, 367)
+    assert [(each["bf16"], each["fp16"]) for each in arguments] == [(False, False), (True, False), (False, True)]
+
+
+@pytest.mark.parametrize(("tf32", "precision"), [(False, "highest"), (True, "high")])
+def test_tf32_is_used_where_it_was_asked_for_only(tf32, precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        train.set_exactness(tf32)
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.allow_tf32 == tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_other_data_do_not_continue_a_run(dataset_folder, backbone_folder, tmp_path, capsys):

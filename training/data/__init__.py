@@ -1,6 +1,6 @@
 """Folders, Hub data sets and streams to checked samples; augmentation; cached features."""
 
-from .augmentation import TrainingAugmentation
+from .augmentation import Normalization, TrainingAugmentation
 from .checks import describe_classes, label_encoding, open_samples, print_once
 from .features import DecoderOnFeatures, FeatureDataset
 from .imagefolder import read_class_names
@@ -28,6 +28,7 @@ __all__ = [
     "EvaluationDataset",
     "FeatureDataset",
     "LabelEncoding",
+    "Normalization",
     "OpenedData",
     "SegmentationDataset",
     "Splits",

@@ -1,7 +1,8 @@
 """Joint random transforms of one photograph and its label map, for training.
 
-Images are uint8 `(3, height, width)` (float32 in 0 to 255 where a transform says so), labels int64 `(height, width)`.
-Randomness comes only from the `torch.Generator` that is passed in.
+Images are uint8 `(3, height, width)` (float32 in 0 to 255 where a transform says so), labels integers
+`(height, width)`. Randomness comes only from the `torch.Generator` that is passed in. Squares travel as bytes to where
+the model is, and become numbers of mean 0 there, by `Normalization`.
 """
 
 from dataclasses import dataclass
@@ -17,45 +18,78 @@ from depict_hf.configuration_depict import IGNORE_LABEL
 
 @dataclass(frozen=True)
 class TrainingAugmentation:
-    """Random scale, crop, flip and colours, then normalisation and padding, in the published order.
+    """Random scale, crop, flip and colours, then padding, in the published order.
 
     Args:
         size: Pixels of the shorter side at ratio 1, at most.
         crop_size: Side in pixels of the square result.
-        mean: Of each channel, for values in 0 to 1.
-        std: Of each channel, for values in 0 to 1.
         long_side_factor: The longer side is at most this times `size` at ratio 1.
         scale_range: Bounds of the uniform random ratio.
         photometric: Whether to distort colours.
 
     Source:
-        segm/data/config/ade20k.py in rstrudel/segmenter@20d1bfa (pipeline of mmsegmentation 0.14).
+        segm/data/config/ade20k.py in rstrudel/segmenter@20d1bfa (pipeline of mmsegmentation 0.14). There, too, what
+        is normalised are whole numbers; colour steps cut off fractions one by one, here they are rounded once.
     """
 
     size: int
     crop_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
     long_side_factor: float = 4.0
     scale_range: tuple[float, float] = (0.5, 2.0)
     photometric: bool = True
 
-    def __call__(self, image: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Returns the image normalised, float32 `(3, crop_size, crop_size)`, and labels `(crop_size, crop_size)`."""
-        if labels.max() <= 255:
-            labels = labels.to(torch.uint8)  # an eighth of the memory to move
+    def __call__(self, image: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw one square.
+
+        Returns:
+            `pixel_values`, uint8 `(3, crop_size, crop_size)`, `labels`, uint8 `(crop_size, crop_size)`, 255 beyond
+            the image, and `input_size`, its height and width in the square, from the top left corner on.
+        """
+        labels = labels.to(torch.uint8)  # ids end at 255, which is ignored
         image, labels = random_resize(
             image, labels, self.size, self.long_side_factor * self.size, self.scale_range, generator
         )
         image, labels = random_crop(image, labels, self.crop_size, generator)
         image, labels = random_flip(image, labels, generator)
-        # Colour steps are several times as fast on channels that lie apart in memory.
-        image = image.to(torch.float32, memory_format=torch.contiguous_format)
         if self.photometric:
-            image = photometric_distortion(image, generator)
-        image = normalize(image, self.mean, self.std)
+            # Colour steps are several times as fast on channels that lie apart in memory.
+            image = image.to(torch.float32, memory_format=torch.contiguous_format)
+            image = photometric_distortion(image, generator).round_().to(torch.uint8)
+        input_size = torch.tensor(labels.shape)
         image, labels = pad(image, labels, self.crop_size)
-        return image, labels.long()
+        return {"pixel_values": image, "labels": labels, "input_size": input_size}
+
+
+class Normalization:
+    """Brings squares of `TrainingAugmentation` to mean 0 and deviation 1, on the device that they are on.
+
+    Args:
+        mean: Of each channel, for values in 0 to 1.
+        std: Of each channel, for values in 0 to 1.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, pixel_values: Tensor, input_size: Tensor) -> Tensor:
+        """Normalise a batch; what lies beyond the images becomes 0, as where padding comes after normalisation.
+
+        Args:
+            pixel_values: `(batch, 3, height, width)`, uint8.
+            input_size: `(batch, 2)`, height and width of the images in them.
+
+        Returns:
+            float32, of the same shape.
+        """
+        device = pixel_values.device
+        if self.mean.device != device:  # copied once: a copy at every step would have the device waited for
+            self.mean, self.std = (each.to(device, non_blocking=True) for each in (self.mean, self.std))
+        result = pixel_values.float().div_(255).sub_(self.mean).div_(self.std)
+        rows, columns = (
+            torch.arange(length, device=device) >= input_size[:, [axis]]
+            for axis, length in enumerate(pixel_values.shape[-2:])
+        )
+        return result.masked_fill_((rows[:, :, None] | columns[:, None, :])[:, None], 0)
 
 
 def random_resize(
@@ -157,16 +191,12 @@ def scale_saturation(image: Tensor, factor: float) -> Tensor:
     return value - (value - image) * limit.clamp(max=factor)
 
 
-def normalize(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Bring values in 0 to 255 to mean 0 and deviation 1, given both for values in 0 to 1."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-    return (image / 255 - mean) / std
-
-
 def pad(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Fill up to `size` x `size` pixels at the bottom and right: the image with 0, the labels with 255."""
     height, width = labels.shape
     padding = (0, max(size - width, 0), 0, max(size - height, 0))
+    if not any(padding):
+        return image.contiguous(), labels.contiguous()
     return F.pad(image, padding), F.pad(labels, padding, value=IGNORE_LABEL)
 
 

@@ -17,7 +17,7 @@ from depict_hf.modeling_depict import DepictSemanticSegmenterOutput, segmentatio
 from depict_hf.vit import LayerRecord
 from depict_hf.windows import merge_windows, pad_to_multiple
 
-from .samples import SegmentationDataset, sample_generator
+from .samples import EpochDataset, SegmentationDataset, sample_generator
 
 
 class DecoderOnFeatures(nn.Module):
@@ -48,7 +48,7 @@ class DecoderOnFeatures(nn.Module):
         grid_size = tuple(features.shape[1:3])
         logits = self.decoder(features.flatten(1, 2).to(self.decoder_dtype), grid_size)
         if input_size is not None:
-            height, width = input_size[0].tolist()
+            height, width = input_size[0].tolist()  # on the host, or it has the accelerator waited for
             padded_size = tuple(side * self.config.encoder_patch_size for side in grid_size)
             logits = merge_windows([logits], [(0, 0)], (height, width), padded_size)
         loss = None
@@ -61,16 +61,16 @@ class DecoderOnFeatures(nn.Module):
         return next(self.decoder.parameters()).dtype
 
 
-class FeatureDataset(torch.utils.data.Dataset):
+class FeatureDataset(EpochDataset):
     """Features of whole images, `features` `(grid_height, grid_width, hidden)` float16, and their `labels`.
 
     In training (`crop_size` given) an item is a random square of patches, mirrored with probability one half, with
-    the labels of the same area at the encoder's input size, `(crop_size, crop_size)`, 255 beyond the image. What is
-    drawn depends on seed, epoch and index alone. In evaluation it is the whole image, labels at its own size, and the
-    `input_size` (height, width) that the features were computed at.
+    the labels of the same area at the encoder's input size, `(crop_size, crop_size)` uint8, 255 beyond the image.
+    What is drawn depends on seed, epoch and index alone. In evaluation it is the whole image, labels at its own size,
+    and the `input_size` (height, width) that the features were computed at.
 
     Args:
-        model: Its encoder computes what `folder` does not hold yet.
+        model: Its encoder computes what `folder` does not hold yet, on the device that it is on.
         samples: Photographs and label maps.
         image_processor: Prepares them for the encoder.
         folder: Where features are kept, one file per image, in a subfolder that is named after everything they depend
@@ -90,19 +90,15 @@ class FeatureDataset(torch.utils.data.Dataset):
         seed: int = 0,
         autocast: bool = False,
     ):
+        super().__init__()
         self.samples = samples
         self.image_processor = image_processor
         self.patch_size = model.config.encoder_patch_size
         self.crop = None if crop_size is None else crop_size // self.patch_size
         self.seed = seed
-        self.epoch = 0
         self.folder = folder / fingerprint(model.encoder, samples, image_processor, autocast)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._encode_missing(model, autocast)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before each epoch."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -153,24 +149,38 @@ class FeatureDataset(torch.utils.data.Dataset):
                 views["mirrored"] = pixel_values.flip(-1)
             tensors = {"labels": inputs["labels"][0].to(torch.uint8)}  # ids end at 255, which is ignored
             for name, view in views.items():
-                view = pad_to_multiple(view.to(model.device), self.patch_size)
-                with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
-                    patches, grid_size = encoder(view, LayerRecord())
-                tensors[name] = patches[0].unflatten(0, grid_size).to("cpu", torch.float16).contiguous()
+                tensors[name] = encode(encoder, view.to(model.device), self.patch_size, autocast).cpu()
             # Under a name of this process until it is whole, so that a killed run leaves no half-written file.
             partial = self._path(index).with_suffix(f".{os.getpid()}.partial")
             save_file(tensors, partial)
             partial.rename(self._path(index))
 
 
+def encode(encoder: nn.Module, pixel_values: Tensor, patch_size: int, autocast: bool) -> Tensor:
+    """Features of one image, on its device.
+
+    Args:
+        encoder: Of the model.
+        pixel_values: `(1, channels, height, width)`; padded to whole patches.
+        patch_size: Side of a patch in pixels.
+        autocast: Whether to compute in bfloat16.
+
+    Returns:
+        `(grid_height, grid_width, hidden)`, float16.
+    """
+    with torch.autocast(pixel_values.device.type, dtype=torch.bfloat16, enabled=autocast):
+        patches, grid_size = encoder(pad_to_multiple(pixel_values, patch_size), LayerRecord())
+    return patches[0].unflatten(0, grid_size).to(torch.float16).contiguous()
+
+
 def _label_area(labels, area: tuple[int, int, int, int], mirror: bool) -> Tensor:
-    """Labels of the (top, left, bottom, right) pixels of a label map or its mirror image, 255 beyond it, int64."""
+    """Labels of the (top, left, bottom, right) pixels of a label map or its mirror image, 255 beyond it, uint8."""
     top, left, bottom, right = area
     height, width = labels.get_shape()
     below, beside = max(bottom - height, 0), max(right - width, 0)
     first, last = (width - right + beside, width - left) if mirror else (left, right - beside)
     found = labels[top : bottom - below, first:last]
-    return F.pad(found.flip(-1) if mirror else found, (0, beside, 0, below), value=IGNORE_LABEL).long()
+    return F.pad(found.flip(-1) if mirror else found, (0, beside, 0, below), value=IGNORE_LABEL)
 
 
 def fingerprint(

@@ -198,30 +198,40 @@ class EpochSampler(torch.utils.data.Sampler):
         return iter(torch.randperm(self.num_samples, generator=generator)[: self.num_taken].tolist())
 
 
-class TrainingDataset(torch.utils.data.Dataset):
-    """Augmented crops: `pixel_values` `(3, crop, crop)` float32, normalised, and `labels` `(crop, crop)` int64.
+class EpochDataset(torch.utils.data.Dataset):
+    """A dataset whose items depend on the epoch, also in workers that were started in an earlier one."""
+
+    def __init__(self) -> None:
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """As `set_epoch` was told last, in whichever process."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch, while no worker is reading."""
+        self._epoch.fill_(epoch)
+
+
+class TrainingDataset(EpochDataset):
+    """Augmented squares, bytes, as `TrainingAugmentation` returns them.
 
     What is drawn for a sample depends on seed, epoch and index alone, not on workers or on the order of reading.
     """
 
     def __init__(self, samples: SegmentationDataset, augmentation: TrainingAugmentation, seed: int):
+        super().__init__()
         self.samples = samples
         self.augmentation = augmentation
         self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before each epoch, in the process that starts the workers."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = self.samples[index]
-        generator = sample_generator(self.seed, self.epoch, index)
-        pixel_values, labels = self.augmentation(sample["image"], sample["labels"], generator)
-        return {"pixel_values": pixel_values, "labels": labels}
+        return self.augmentation(sample["image"], sample["labels"], sample_generator(self.seed, self.epoch, index))
 
 
 class EvaluationDataset(torch.utils.data.Dataset):

@@ -103,8 +103,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
         part, parts = self.process_index * count + index, self.num_processes * count
         for place, sample in zip(range(images), self._samples(), strict=False):
             generator = sample_generator(self.seed, self.epoch, place * parts + part)
-            pixel_values, labels = self.augmentation(sample["image"], sample["labels"], generator)
-            yield {"pixel_values": pixel_values, "labels": labels}
+            yield self.augmentation(sample["image"], sample["labels"], generator)
 
     def _samples(self) -> Iterator[dict[str, Tensor]]:
         """All samples of this worker's part, again and again."""

@@ -22,7 +22,7 @@ from depict_hf.windows import resize_bilinear
 from ..data import DecoderOnFeatures, FeatureDataset, load_dataset_splits, sample_generator
 from ..evaluation import MeanIoU, count_flops, environment, interleaved_seconds, write_json, write_whole
 from ..optimization import create_optimizer, create_scheduler, parameter_groups
-from ..recipe import Recipe
+from ..recipe import Recipe, resolve_precision
 from ..recipes import camvid_dinov2_small
 from ..settings import nearest_name
 from ..train import build_image_processor, build_model, build_samples
@@ -97,7 +97,7 @@ def comparison_recipe(decoder_type: str, backbone: str | None, overrides: Sequen
     recipe = camvid_dinov2_small(decoder_type).replace(crop_size=224)
     if backbone is not None:
         recipe = recipe.replace(backbone=backbone)
-    return recipe.override(overrides)
+    return resolve_precision(recipe.override(overrides))
 
 
 def load_data(recipe: Recipe, dataset: str, folder: Path) -> ComparisonData:

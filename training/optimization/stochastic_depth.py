@@ -81,7 +81,7 @@ def draw(
         state = np.random.SeedSequence([seed, step, position, 1]).generate_state(1)
         generator = torch.Generator().manual_seed(int(state[0]))
         rows.append(torch.rand(len(modules), BRANCHES, generator=generator))
-    draws = torch.stack(rows).to(device)
+    draws = torch.stack(rows).to(device, non_blocking=True)  # ordered by the device's stream
     for index, module in enumerate(modules):
         module.draws = draws[:, index]
         module.calls = 0

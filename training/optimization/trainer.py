@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.windows import CoarseScores, label_map
 
-from ..data import EpochSampler, StreamingDataset
+from ..data import EpochSampler, Normalization, StreamingDataset
 from ..evaluation import MeanIoU, sample_picture, spread, write_picture
 from ..recipe import Recipe
 from .adapters import has_adapters, merge_adapters
@@ -73,9 +73,9 @@ class SegmentationTrainer(transformers.Trainer):
         recipe: Decides optimiser, rates, schedule, average and pictures; the arguments of `Trainer` for those, and its
             rotation of checkpoints, are not used.
         loss: Of logits and labels, in training; the model's own cross-entropy if None.
-        kwargs: As for `Trainer`. Training items have `pixel_values` and `labels` of one size; evaluation items may
-            differ in size, and have labels of any resolution. Instead of `pixel_values` there may be `features` for a
-            `training.features.DecoderOnFeatures`.
+        kwargs: As for `Trainer`. Training items are those of `TrainingDataset`, bytes that are normalised on the
+            device; evaluation items may differ in size, and have labels of any resolution. Instead of `pixel_values`
+            there may be `features` for a `training.data.DecoderOnFeatures`.
 
     Raises:
         ValueError: If the recipe asks for what cannot be done with FSDP.
@@ -87,6 +87,7 @@ class SegmentationTrainer(transformers.Trainer):
             check_sharding(recipe, self.accelerator.state.fsdp_plugin.fsdp_version)
         self.recipe = recipe
         self.loss = loss
+        self.normalize = Normalization(recipe.data.image_mean, recipe.data.image_std)
         self.output = Path(self.args.output_dir)
         self.train_sampler = EpochSampler(
             len(self.train_dataset), recipe.optimization.seed, recipe.optimization.batch_size
@@ -185,6 +186,7 @@ class SegmentationTrainer(transformers.Trainer):
         Args:
             num_items_in_batch: Weight of the labels of the whole step; of this pass alone if None.
         """
+        inputs = self._as_model_inputs(inputs)
         # `Trainer` has just put the whole model in training mode; frozen features must not be random.
         for module in self.accelerator.unwrap_model(model, keep_torch_compile=False).children():
             if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -203,6 +205,14 @@ class SegmentationTrainer(transformers.Trainer):
             outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
             loss = self.loss(outputs.logits, inputs["labels"], label_weight)
         return (loss, outputs) if return_outputs else loss
+
+    def _as_model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Squares of bytes become normalised images; other inputs are the model's already."""
+        if "pixel_values" not in inputs or inputs["pixel_values"].dtype != torch.uint8:
+            return inputs
+        inputs = dict(inputs)
+        inputs["pixel_values"] = self.normalize(inputs["pixel_values"], inputs.pop("input_size"))
+        return inputs
 
     def _draw_stochastic_depth(self, num_images: int) -> None:
         """Decide which branches the next pass drops, by the place that its images have in the whole step."""
@@ -272,6 +282,7 @@ class SegmentationTrainer(transformers.Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_num_workers > 0,
         )
         return self.accelerator.prepare(loader)
 
@@ -283,7 +294,12 @@ class SegmentationTrainer(transformers.Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         rank, num_processes = (0, 1) if self.is_fsdp_enabled else (self.args.process_index, self.args.world_size)
         share = Subset(dataset, range(rank, len(dataset), num_processes))
-        return DataLoader(share, batch_size=1, num_workers=self.args.dataloader_num_workers)
+        return DataLoader(
+            share,
+            batch_size=1,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     @torch.no_grad()
     def evaluation_loop(
@@ -310,7 +326,8 @@ class SegmentationTrainer(transformers.Trainer):
             shown = spread(len(dataloader.dataset), self.recipe.evaluation.sample_pictures)
         with self.average.applied() if self.average else nullcontext():
             for position, batch in enumerate(dataloader):
-                batch = self._prepare_inputs(batch)
+                input_size = {"input_size": batch.pop("input_size")} if "input_size" in batch else {}
+                batch = self._prepare_inputs(batch) | input_size  # which the host needs
                 labels = batch.pop("labels")
                 prediction = self._predict(model, batch, labels.shape[-2:])
                 metric.add_batch(predictions=prediction, references=labels)

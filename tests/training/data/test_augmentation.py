@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from training.data.augmentation import (
+    Normalization,
     TrainingAugmentation,
-    normalize,
     pad,
     photometric_distortion,
     random_crop,
@@ -135,30 +135,49 @@ def test_photometric_distortion_turns_hue_by_at_most_a_tenth():
     assert 0.35 < sum(abs(hue) < 1e-4 for hue in hues) / len(hues) < 0.65
 
 
-def test_normalize_and_pad():
-    image = torch.tensor([255.0, 0.0, 127.5]).view(3, 1, 1).expand(3, 2, 3)
+def test_what_is_padded_is_zero_after_normalisation():
+    """As where padding comes after it, though bytes are padded before; labels with 255, which is also inside."""
+    image = torch.tensor([255, 0, 127], dtype=torch.uint8).view(3, 1, 1).expand(3, 2, 3)
     labels = torch.tensor([[0, 1, 2], [3, 255, 4]])
-    padded, padded_labels = pad(normalize(image, MEAN, STD), labels, 4)
-    assert padded.shape == (3, 4, 4)
-    expected = torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, (0.5 - 0.406) / 0.225])
-    torch.testing.assert_close(padded[:, 1, 2], expected)
-    assert (padded[:, 2:] == 0).all()
-    assert (padded[:, :, 3:] == 0).all()
+    padded, padded_labels = pad(image, labels, 4)
+    whole = torch.full((3, 4, 4), 255, dtype=torch.uint8)
+    sizes = torch.tensor([[2, 3], [4, 4]])
+    normalised = Normalization(MEAN, STD)(torch.stack([padded, whole]), sizes)
+    assert normalised.shape == (2, 3, 4, 4) and normalised.dtype == torch.float32
+    expected = torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, (127 / 255 - 0.406) / 0.225])
+    torch.testing.assert_close(normalised[0, :, :2, :3], expected.view(3, 1, 1).expand(3, 2, 3))
+    assert (normalised[0, :, 2:] == 0).all()
+    assert (normalised[0, :, :, 3:] == 0).all()
+    torch.testing.assert_close(normalised[1, 0], torch.full((4, 4), (1 - 0.485) / 0.229))
     assert padded_labels.tolist() == [[0, 1, 2, 255], [3, 255, 4, 255], [255] * 4, [255] * 4]
 
 
 def test_whole_augmentation_is_aligned_and_reproducible(sample):
-    augmentation = TrainingAugmentation(
-        size=48, crop_size=40, mean=(0.0,) * 3, std=(1 / 255,) * 3, scale_range=(0.5, 1.5), photometric=False
-    )
-    pixels, labels = augmentation(*sample, seeded(5))
-    again, labels_again = augmentation(*sample, seeded(5))
-    other = augmentation(*sample, seeded(6))[0]
-    assert torch.equal(pixels, again)
-    assert torch.equal(labels, labels_again)
-    assert not torch.equal(pixels, other)
-    assert pixels.shape == (3, 40, 40)
+    augmentation = TrainingAugmentation(size=48, crop_size=40, scale_range=(0.5, 1.5), photometric=False)
+    drawn, again, other = (augmentation(*sample, seeded(seed)) for seed in (5, 5, 6))
+    assert all(torch.equal(each, again[name]) for name, each in drawn.items())
+    pixels, labels, input_size = drawn["pixel_values"], drawn["labels"], drawn["input_size"]
+    assert not torch.equal(pixels, other["pixel_values"])
+    assert (pixels.shape, pixels.dtype, labels.dtype) == ((3, 40, 40), torch.uint8, torch.uint8)
     labelled = labels != 255
+    rows, columns = labelled.nonzero().amax(dim=0) + 1
+    assert input_size.tolist() == [rows, columns]
     # Most pixels are not blurred by the resize, and those show their label.
     assert ((pixels[0] / 20).round()[labelled] == labels[labelled]).float().mean() > 0.8
     assert (pixels[0][~labelled] == 0).all()
+
+
+def test_colours_are_rounded_once_at_the_end(sample):
+    """Bytes are those of the fractional colours, rounded."""
+    augmentation = TrainingAugmentation(size=48, crop_size=64, scale_range=(1.0, 1.0))
+    differences = []
+    for seed in range(20):
+        generator = seeded(seed)
+        image, labels = random_resize(*sample, 48, 4 * 48, (1.0, 1.0), generator)
+        image, labels = random_crop(image, labels, 64, generator)
+        image, _ = random_flip(image, labels, generator)
+        expected = photometric_distortion(image.float(), generator)
+        height, width = expected.shape[-2:]
+        drawn = augmentation(*sample, seeded(seed))["pixel_values"][:, :height, :width]
+        differences.append((drawn - expected).flatten())
+    assert torch.cat(differences).abs().max() <= 0.5 + 1e-3

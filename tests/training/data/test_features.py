@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
 
-from depict_hf import DepictImageProcessor
+from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.vit import LayerRecord
-from training.data.features import DecoderOnFeatures, FeatureDataset
+from training.data.features import DecoderOnFeatures, FeatureDataset, encode
 from training.data.samples import SegmentationDataset
 from training.recipes import camvid_dinov2_small
 
@@ -76,7 +78,7 @@ def test_squares_hold_features_and_labels_of_one_area(samples, tmp_path):
                     if torch.allclose(square, item["features"].float(), atol=1e-2):
                         found.append((mirror, top, left))
                         rows, columns = slice(8 * top, 8 * top + 16), slice(8 * left, 8 * left + 16)
-                        assert torch.equal(item["labels"], labels[rows, columns])
+                        assert torch.equal(item["labels"], labels[rows, columns].byte())
         assert len(found) == 1
         corners.add(found[0])
     assert {corner[0] for corner in corners} == {False, True}
@@ -116,6 +118,15 @@ def test_other_weights_or_another_size_have_other_features(samples, tmp_path):
     after = FeatureDataset(model, samples, PROCESSOR, tmp_path)
     assert len({before.folder, larger.folder, after.folder}) == 3
     assert not torch.equal(before[0]["features"], after[0]["features"])
+
+
+def test_features_are_computed_on_the_accelerator():
+    """Fake CUDA tensors raise where devices mix and where a value is read back to the host."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"), no_init_weights():
+            encoder = DepictForSemanticSegmentation(tiny_config("linear")).encoder.eval()
+        features = encode(encoder, torch.rand(1, 3, 30, 44, device="cuda"), 8, autocast=False)
+    assert (features.device.type, features.dtype, tuple(features.shape)) == ("cuda", torch.float16, (4, 6, 24))
 
 
 def test_caching_needs_a_frozen_encoder():

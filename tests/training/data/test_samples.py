@@ -143,7 +143,7 @@ def test_samples_left_out_are_noted(tmp_path):
 
 
 def make_training_dataset(seed: int) -> TrainingDataset:
-    augmentation = TrainingAugmentation(size=12, crop_size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
+    augmentation = TrainingAugmentation(size=12, crop_size=8)
     return TrainingDataset(make_samples(), augmentation, seed)
 
 
@@ -169,6 +169,18 @@ def test_samples_do_not_depend_on_workers():
     ]
     assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
     assert torch.equal(batches[0]["labels"], batches[1]["labels"])
+
+
+def test_workers_that_stay_learn_of_the_next_epoch():
+    """Workers of an earlier epoch have a copy of the dataset that was made then."""
+    dataset = make_training_dataset(1)
+    loaders = [
+        torch.utils.data.DataLoader(dataset, 3, num_workers=1, persistent_workers=stay) for stay in (True, False)
+    ]
+    for epoch in (0, 3, 1):
+        dataset.set_epoch(epoch)
+        batches = [next(iter(loader))["pixel_values"] for loader in loaders]
+        assert torch.equal(*batches), epoch
 
 
 def test_evaluation_keeps_labels_at_full_resolution():

@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from depict_hf.modeling_depict import segmentation_loss
+from depict_hf.resampling import BAND_ELEMENTS
 from training.optimization.losses import RecipeLoss, balanced_weights
 from training.recipes import camvid_dinov2_small
 
@@ -46,6 +49,85 @@ def test_class_weights_and_focal_exponent(logits):
     assert loss(logits, LABELS).item() == pytest.approx(expected, rel=1e-5)
     assert loss.label_weight(LABELS).item() == pytest.approx(2 * 0.5 + 4 * 2.0 + 2 * 1.0)
     assert RecipeLoss().label_weight(LABELS).item() == 8
+
+
+TERMS = {
+    "plain": {},
+    "weighted": {"class_weights": torch.tensor([0.5, 2.0, 1.0, 0.0, 3.0])},
+    "focal": {"focal_gamma": 0.5},
+    "dice": {"dice_weight": 0.7},
+    "all": {"class_weights": torch.tensor([0.5, 2.0, 1.0, 0.0, 3.0]), "focal_gamma": 2.0, "dice_weight": 0.7},
+}
+
+
+def dense_loss(logits, labels, class_weights=None, focal_gamma=0.0, dice_weight=0.0):
+    """The loss on full-size scores, by PyTorch's own differentiation."""
+    log_p = F.interpolate(logits, labels.shape[-2:], mode="bilinear").log_softmax(1)
+    kept = labels != 255
+    one_hot = F.one_hot(torch.where(kept, labels, 0).long(), logits.shape[1]).movedim(-1, 1) * kept[:, None]
+    weights = torch.ones(logits.shape[1]) if class_weights is None else class_weights
+    weights = one_hot * weights.to(logits.dtype)[:, None, None]
+    loss = -(weights * (1 - log_p.exp()) ** focal_gamma * log_p).sum() / weights.sum()
+    p, area = log_p.exp() * kept[:, None], one_hot.sum((2, 3))
+    dice = 1 - 2 * (p * one_hot).sum((2, 3)) / (p.sum((2, 3)) + area)
+    present = area > 0
+    return loss + dice_weight * ((dice * present).sum(1) / present.sum(1)).mean()
+
+
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+@pytest.mark.parametrize("grid", [(3, 4), (18, 20)], ids=["coarse", "of one size"])
+def test_bands_give_the_value_and_gradient_of_full_size_scores(terms, grid, monkeypatch):
+    """In float64, over bands of three rows; labels as bytes, one class in no image, another in one only."""
+    monkeypatch.setitem(BAND_ELEMENTS, "cpu", 3 * 2 * 5 * 20)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, *grid, generator=generator, dtype=torch.float64).mul(3).requires_grad_()
+    labels = torch.randint(0, 3, (2, 18, 20), generator=generator, dtype=torch.uint8)
+    labels[0, :5, :7] = 4
+    labels[torch.rand(2, 18, 20, generator=generator) < 0.2] = 255
+    expected = dense_loss(logits, labels, **terms)
+    loss = RecipeLoss(**terms)(logits, labels)
+    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-12)
+    [gradient] = torch.autograd.grad(loss * 3, logits)
+    torch.testing.assert_close(gradient, 3 * torch.autograd.grad(expected, logits)[0], atol=1e-14, rtol=1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(RecipeLoss(**terms)(logits, labels), loss, atol=0, rtol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [each for each in (result if isinstance(result, (tuple, list)) else [result]) if torch.is_tensor(each)]
+        self.elements = max([self.elements, *(each.numel() for each in made)])
+        return result
+
+
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+def test_no_full_size_scores_are_made(terms):
+    """512 x 512 pixels and 20 classes; a band has at most 2**19 scores."""
+    logits = torch.randn(1, 20, 32, 32, requires_grad=True)
+    terms = terms | ({"class_weights": torch.rand(20)} if "class_weights" in terms else {})
+    labels = torch.randint(0, 20, (1, 512, 512), dtype=torch.uint8)
+    with LargestTensor() as largest:
+        RecipeLoss(**terms)(logits, labels).backward()
+    assert largest.elements <= 2**19 < 20 * 512 * 512 / 8
+
+
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+def test_losses_stay_on_the_accelerator(terms):
+    """Fake CUDA tensors raise where devices mix and where a value is read back to the host."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logits = torch.randn(2, 5, 4, 6, device="cuda", requires_grad=True)
+        labels = torch.randint(0, 5, (2, 32, 48), device="cuda", dtype=torch.uint8)
+        loss = RecipeLoss(**terms)
+        total = loss.label_weight(labels)
+        value = loss(logits, labels, total)
+    [gradient] = value.grad_fn.saved_tensors  # computed already; PyTorch's own backward pass needs a driver
+    assert value.device.type == total.device.type == gradient.device.type == "cuda"
+    assert tuple(gradient.shape) == (4, 2, 5, 48)
 
 
 def test_another_divisor(logits):
