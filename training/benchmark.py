@@ -18,7 +18,7 @@ import torch
 
 from depict_hf.configuration_depict import DECODER_TYPES, ENCODER_PRESETS
 
-from .evaluation import environment, write_json
+from .evaluation import environment, flush_every_line, write_json
 from .evidence import EXPONENT_SIZES, cost_table, measure_exponents, render_exponents
 from .evidence.benchmark import DTYPES, HEADER, TASK_KINDS, available_bytes, machine, render, run_task, tasks
 
@@ -30,10 +30,13 @@ GRID_SIZES, GRID_BATCHES = (512, 768, 1024, 1536, 2048), (1, 2, 4, 8)
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    sys.stdout.reconfigure(line_buffering=True)
+    flush_every_line()
     torch.manual_seed(0)
     device = torch.device(args.device)
-    record = {"arguments": vars(args) | {"output": None}, "environment": environment() | {"machine": machine(device)}}
+    record: dict = {
+        "arguments": vars(args) | {"output": None},
+        "environment": environment() | {"machine": machine(device)},
+    }
     if args.recipes:
         print(cost_table())
         return 0

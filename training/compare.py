@@ -17,6 +17,7 @@ import torch
 
 from depict_hf.configuration_depict import DECODER_TYPES
 
+from .evaluation import flush_every_line
 from .evidence import load_runs
 from .evidence.compare import (
     DATA_FIELDS,
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report-only", action="store_true", help="write the report from what OUTPUT holds")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help=f"one of {', '.join(OVERRIDABLE)}")
     arguments = parser.parse_intermixed_args(argv)
-    sys.stdout.reconfigure(line_buffering=True)
+    flush_every_line()
     torch.set_num_threads(arguments.threads)
     try:
         if arguments.report_only:

@@ -128,16 +128,17 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict:
     worst = {each: WorstImages(arguments.worst) for each in (None, *corruptions) if sheet}
 
     def observers(corruption: Corruption | None) -> list[Observer]:
-        observed = [worst[corruption].add] if worst else []
+        observed: list[Observer] = [worst[corruption].add] if worst else []
         if metric and corruption is None:
             observed.append(lambda index, image, labels, prediction, confusion: metric.add(prediction, labels))
         return observed
 
     record = evaluate_under(corruptions, model, image_processor, samples, protocol, execution, observers)
     record |= {"model": arguments.model, "dataset": arguments.dataset, "split": arguments.split}
-    for corruption, images in worst.items():
-        suffix = "" if corruption is None else f"-{corruption.name}-{corruption.severity}"
-        save_sheet(images, samples, model.config.id2label, state, sheet.with_stem(sheet.stem + suffix))
+    if sheet:
+        for corruption, images in worst.items():
+            suffix = "" if corruption is None else f"-{corruption.name}-{corruption.severity}"
+            save_sheet(images, samples, model.config.id2label, state, sheet.with_stem(sheet.stem + suffix))
     if metric:
         record["cross_check"] = compare_metrics(record, metric.compute(), arguments.metric_script)
     return record

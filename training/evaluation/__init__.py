@@ -6,7 +6,16 @@ from .evaluate_split import Execution, Observer, Protocol, evaluate, evaluate_un
 from .measurement import count_flops, interleaved_seconds, log_slope, matrix_product, peak_extra_bytes
 from .metrics import EvaluateMeanIoU, MeanIoU, compare_metrics, largest_difference, scores
 from .pictures import sample_picture, write_picture
-from .records import class_names, describe, environment, percent, render_table, write_json, write_whole
+from .records import (
+    class_names,
+    describe,
+    environment,
+    flush_every_line,
+    percent,
+    render_table,
+    write_json,
+    write_whole,
+)
 from .worst_images import WorstImages, check_sheet, save_sheet
 
 __all__ = [
@@ -28,6 +37,7 @@ __all__ = [
     "environment",
     "evaluate",
     "evaluate_under",
+    "flush_every_line",
     "interleaved_seconds",
     "largest_difference",
     "load_samples",

@@ -34,7 +34,7 @@ def interleaved_seconds(
     Returns:
         Seconds of every call, by name.
     """
-    seconds = {name: [] for name in functions}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     start = time.perf_counter()
     for round_index in range(-int(warm_up), repetitions):
         if round_index > 0 and time.perf_counter() - start > budget_seconds:

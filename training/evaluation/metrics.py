@@ -2,13 +2,28 @@
 
 import math
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from depict_hf.configuration_depict import IGNORE_LABEL
+
+
+class Scores(TypedDict):
+    """Results of a confusion matrix; fractions, NaN where nothing is labelled or a class occurs nowhere.
+
+    `mean_iou`, `mean_accuracy` and `overall_accuracy` are numbers, the others arrays `(num_labels,)`, float64.
+    """
+
+    mean_iou: float
+    mean_accuracy: float
+    overall_accuracy: float
+    per_category_iou: np.ndarray
+    per_category_accuracy: np.ndarray
 
 
 class MeanIoU:
@@ -83,7 +98,7 @@ class MeanIoU:
         """
         return self._count(*self._check_pair(0, prediction, reference))
 
-    def compute(self) -> dict[str, float | np.ndarray]:
+    def compute(self) -> Scores:
         """Results over everything added since the start or the last `reset`; it may be called while counting.
 
         Returns:
@@ -126,7 +141,7 @@ class MeanIoU:
         return prediction, reference
 
 
-def scores(confusion: Tensor) -> dict[str, float | np.ndarray]:
+def scores(confusion: Tensor) -> Scores:
     """Results of a confusion matrix as `MeanIoU` keeps it, of a dataset or of one image.
 
     Returns:
@@ -186,13 +201,13 @@ class EvaluateMeanIoU:
         maps = (each.to("cpu", torch.uint8).numpy() for each in (prediction, reference))
         self.metric.add_batch(**{name: [each] for name, each in zip(("predictions", "references"), maps, strict=True)})
 
-    def compute(self) -> dict[str, float | np.ndarray]:
+    def compute(self) -> Scores:
         """Results as of `scores`."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return self.metric.compute(**self.arguments)
 
 
-def largest_difference(results: dict, others: dict) -> float:
+def largest_difference(results: Mapping[str, Any], others: Mapping[str, Any]) -> float:
     """Over all numbers of two results of `scores`; infinite where one is NaN (or None) and the other is not."""
     differences = [0.0]
     for key, values in results.items():
@@ -203,7 +218,7 @@ def largest_difference(results: dict, others: dict) -> float:
     return max(differences)
 
 
-def compare_metrics(record: dict, results: dict, source: str) -> dict:
+def compare_metrics(record: dict, results: Mapping[str, Any], source: str) -> dict:
     """Compare a record of `evaluate` with what `EvaluateMeanIoU` computed from the same label maps.
 
     Args:

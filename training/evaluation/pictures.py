@@ -25,7 +25,8 @@ def sample_picture(
         title: Stands above.
         id2label: Class names by id.
     """
-    photo = PIL.Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(labels.shape[::-1])
+    height, width = labels.shape
+    photo = PIL.Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((width, height))
     row = SheetRow(title, photo, labels.cpu().numpy(), prediction.cpu().numpy())
     names = [id2label[index] for index in range(len(id2label))]
     return contact_sheet([row], colors_for(id2label), names, COLUMN_WIDTH)

@@ -1,9 +1,11 @@
 """Records of evaluations: what they ran on, as a table, as JSON."""
 
+import io
 import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -76,6 +78,12 @@ def describe(record: dict) -> str:
 def percent(fraction: float | None) -> str:
     """A fraction as a percentage of six characters with two decimals; None is a "-"."""
     return f"{'-':>6}" if fraction is None else f"{100 * fraction:6.2f}"
+
+
+def flush_every_line() -> None:
+    """Have lines reach a log file as they are printed, not when a buffer is full."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
 
 
 def write_json(record: dict, path: Path, indent: int = 2) -> None:

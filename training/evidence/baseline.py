@@ -83,7 +83,8 @@ class StraightforwardModel:
         prefix = "encoder.embeddings"
         projection = self.weights[f"{prefix}.projection.weight"], self.weights[f"{prefix}.projection.bias"]
         patches = F.conv2d(pixel_values, *projection, stride=self.config.patch_size)
-        grid_size = tuple(patches.shape[-2:])
+        grid_height, grid_width = patches.shape[-2:]
+        grid_size = (grid_height, grid_width)
         names = ["cls_token", "distillation_token"] if self.config.use_distillation_token else ["cls_token"]
         extra = [self.weights[f"{prefix}.{name}"].expand(len(patches), -1, -1) for name in names]
         tokens = torch.cat([*extra, patches.flatten(2).transpose(1, 2)], dim=1)
@@ -134,8 +135,9 @@ class StraightforwardModel:
         """The photograph at one scale, `(1, 3, height, width)`, normalised and at least of a window's size."""
         image = torch.from_numpy(photo).permute(2, 0, 1)[None].float()
         bounds = {name: int(side * scale) for name, side in dict(image_processor.size).items()}
-        size = image_processor.resize_size(*photo.shape[:2], bounds)
-        if size != photo.shape[:2]:
+        height, width = photo.shape[:2]
+        size = image_processor.resize_size(height, width, bounds)
+        if size != (height, width):
             image = F.interpolate(image, size=size, mode="bilinear").round()
         mean, std = (
             torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
@@ -148,7 +150,8 @@ class StraightforwardModel:
         side = self.config.window_size
         if side is None:
             return self.forward(image)
-        size = tuple(image.shape[-2:])
+        height, width = image.shape[-2:]
+        size = (height, width)
         corners = window_corners(size, side, self.config.window_stride or side)
         windows = torch.zeros(len(corners), self.config.num_labels, side, side, device=image.device)
         for index, (top, left) in enumerate(corners):

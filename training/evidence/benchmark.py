@@ -43,8 +43,10 @@ def run_task(task: Task, repetitions: int, budget_seconds: float, device: torch.
     }
     measured = {name: side for name, side in task.sides.items() if name not in left_out}
     # The first of these passes also warms up, so that what is set up once is not taken for a side's memory.
-    flops = {name: count_flops(side.run) for name, side in measured.items()} if task.count_flops else {}
-    flops = {name: count or None if measured[name].count_flops else None for name, count in flops.items()}
+    flops = {
+        name: (count_flops(side.run) or None) if side.count_flops else None
+        for name, side in (measured.items() if task.count_flops else ())
+    }
     extra_bytes = {name: peak_extra_bytes(side.run, device) for name, side in measured.items()}
     products = {side.dtype: matrix_product(side.dtype, device) for side in measured.values()}
     functions = {name: side.run for name, side in measured.items()}
@@ -58,13 +60,14 @@ def run_task(task: Task, repetitions: int, budget_seconds: float, device: torch.
     reference = next(iter(task.sides))
     sides = {}
     for name, side in measured.items():
-        rate = flops[name] / medians[name] if flops.get(name) else None
+        count = flops.get(name)
+        rate = None if count is None else count / medians[name]
         sides[name] = {
             "dtype": dtype_name(side.dtype),
             "median_seconds": medians[name],
             "seconds": seconds[name],
             "extra_bytes": extra_bytes[name],
-            "flops": flops.get(name),
+            "flops": count,
             "matrix_product_flops_per_second": rates[side.dtype],
             "share_of_matrix_product_rate": _ratio(rate, rates[side.dtype]),
             "speed_up": _ratio(medians.get(reference), medians[name]),
@@ -117,7 +120,7 @@ HEADER = (
 
 def render(record: dict) -> str:
     """Lines of the table, one for each side."""
-    lines = []
+    lines: list[str] = []
     for name, side in record["sides"].items():
         height, width = record["size"]
         first = f"{record['what']:<24}{record['decoder']:<17}{f'{height}x{width}':>10}{record['batch']:>6}"

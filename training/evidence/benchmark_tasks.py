@@ -4,6 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,7 +137,7 @@ def end_to_end(
         )
     }
     for name, ours in models.items():
-        sides[name] = Side(lambda ours=ours: segment(ours, image_processor, [photo] * batch, scales, flip), ours.dtype)
+        sides[name] = Side(partial(segment, ours, image_processor, [photo] * batch, scales, flip), ours.dtype)
     left_out = {}
     if not flip and model.device.type == "cpu":
         if all(find_spec(package) for package in ONNX_PACKAGES):

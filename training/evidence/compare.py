@@ -20,7 +20,7 @@ from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.windows import resize_bilinear
 
 from ..data import DecoderOnFeatures, FeatureDataset, load_dataset_splits, sample_generator
-from ..evaluation import MeanIoU, count_flops, environment, interleaved_seconds, write_json, write_whole
+from ..evaluation import MeanIoU, class_names, count_flops, environment, interleaved_seconds, write_json, write_whole
 from ..optimization import create_optimizer, create_scheduler, parameter_groups
 from ..recipe import Recipe, resolve_precision
 from ..recipes import camvid_dinov2_small
@@ -172,12 +172,15 @@ def evaluate_decoder(decoder: DecoderOnFeatures, split: EvaluationSplit) -> dict
     """
     metric = MeanIoU(decoder.config.num_labels, ignore_index=IGNORE_LABEL)
     for index, labels in enumerate(split.labels):
-        prediction = predict(decoder, *split.features.read_whole(index), tuple(labels.shape))
+        height, width = labels.shape
+        prediction = predict(decoder, *split.features.read_whole(index), (height, width))
         metric.add_batch(predictions=[prediction], references=[labels])
     results = metric.compute()
     values = [None if iou != iou else iou for iou in results["per_category_iou"].tolist()]
-    names = [decoder.config.id2label[index] for index in range(decoder.config.num_labels)]
-    return {"mean_iou": results["mean_iou"], "per_class_iou": dict(zip(names, values, strict=True))}
+    return {
+        "mean_iou": results["mean_iou"],
+        "per_class_iou": dict(zip(class_names(decoder.config), values, strict=True)),
+    }
 
 
 def predict(decoder: DecoderOnFeatures, features: Tensor, input_size: Tensor, size: tuple[int, int]) -> Tensor:

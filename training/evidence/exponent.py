@@ -36,9 +36,9 @@ def measure_exponents(
     models = {kind: DepictForSemanticSegmentation(config).eval().to(device) for kind, config in configs.items()}
     grids = [(size // configs["sa"].patch_size,) * 2 for size in sizes]
     tokens = [height * width for height, width in grids]
-    costs = {kind: {} for kind in DECODERS}
+    costs: dict[str, dict[str, dict]] = {kind: {} for kind in DECODERS}
     for part in ("decoder",) if decoder_only else ("decoder", "whole model"):
-        seconds = {kind: [] for kind in DECODERS}
+        seconds: dict[str, list[float]] = {kind: [] for kind in DECODERS}
         for grid_size in grids:
             functions = {kind: _call(models[kind], part, grid_size) for kind in DECODERS}
             for kind, values in interleaved_seconds(functions, repetitions, budget_seconds, device=device).items():

@@ -110,4 +110,5 @@ def _short_names(models: list[str]) -> list[str]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    return None if None in values or not values else fmean(values)
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None

@@ -21,23 +21,29 @@ def build_loader(recipe: Recipe, splits) -> DataLoader:
         raise ValueError("The recipe trains on cached features; pass cache_features=false to time reading images.")
     encoding = label_encoding(splits, recipe.data.class_names, recipe.data.reduce_labels)
     batch_size = recipe.images_per_pass(num_processes=1)
-    columns = {"image_column": recipe.data.image_column, "label_column": recipe.data.label_column}
     split = get_split(splits, recipe.data.train_split)
     if recipe.data.streaming:
         images = recipe.steps_per_epoch(count_training_images(recipe, splits)) * recipe.optimization.batch_size
-        dataset = StreamingDataset(
+        stream = StreamingDataset(
             split,
             encoding,
             build_augmentation(recipe),
             recipe.optimization.seed,
             images,
             batch_size,
-            **columns,
+            image_column=recipe.data.image_column,
+            label_column=recipe.data.label_column,
             shuffle_buffer=recipe.data.shuffle_buffer,
             skip_unreadable=recipe.data.skip_unreadable,
         )
-        return dataset.loader(recipe.hardware.num_workers)
-    samples = SegmentationDataset(split, len(recipe.data.class_names), **columns, encoding=encoding)
+        return stream.loader(recipe.hardware.num_workers)
+    samples = SegmentationDataset(
+        split,
+        len(recipe.data.class_names),
+        image_column=recipe.data.image_column,
+        label_column=recipe.data.label_column,
+        encoding=encoding,
+    )
     dataset = TrainingDataset(samples, build_augmentation(recipe), recipe.optimization.seed)
     return DataLoader(dataset, batch_size, shuffle=True, num_workers=recipe.hardware.num_workers, drop_last=True)
 
