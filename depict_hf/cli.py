@@ -123,9 +123,9 @@ def _segment_arguments(parser: argparse.ArgumentParser) -> None:
     execution.add_argument("--device", default="auto", help="cpu, cuda, mps, xpu, ...; auto: cuda, mps or xpu if there")
     execution.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="to compute in; bfloat16 is faster where processors know it (%(default)s)",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="to compute in; auto: bfloat16 where the processor has it, which is faster, else float32",
     )
     execution.add_argument(
         "--backend",
@@ -182,6 +182,8 @@ def _segment(args: argparse.Namespace, kinds: list[str], processes: Processes, s
         device = fastest_device(processes.local_rank) if args.backend == "pytorch" else "cpu"
     model, image_processor = load_model(args.model, device, args.dtype, args.backend)
     override_protocol(model, image_processor, args.size, args.window_size, args.window_stride)
+    if processes.rank == 0 and args.backend == "pytorch":
+        print(f"depict: computes in {str(model.dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
     config = model.config
     names = [config.id2label[index] for index in range(config.num_labels)]
     classes = None if args.classes is None else find_classes(args.classes, names)

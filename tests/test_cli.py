@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor, loading
 from depict_hf.cli import main
 from depict_hf.inference import segment
-from depict_hf.loading import load_model, override_protocol
+from depict_hf.loading import load_model, native_dtype, override_protocol
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
 SIZE = {"shortest_edge": 32}
@@ -45,7 +45,7 @@ def test_pictures_and_table(model_folder, tmp_path, capsys):
     photo = save_photo(tmp_path / "photo.png")
     output = tmp_path / "out"
     arguments = ["--model", str(model_folder), "--output", str(output), "--scales", "1", "1.5", "--flip"]
-    assert main(["segment", str(photo), *arguments, "--alpha", "1"]) == 0
+    assert main(["segment", str(photo), *arguments, "--alpha", "1", "--dtype", "float32"]) == 0
 
     model = DepictForSemanticSegmentation.from_pretrained(model_folder)
     processor = DepictImageProcessor.from_pretrained(model_folder)
@@ -180,7 +180,8 @@ def test_exported_models_label_as_pytorch_does(options, tmp_path, capsys):
     photo = save_photo(tmp_path / "photo.png")
     for folder, backend in (("model", "pytorch"), ("onnx", "onnxruntime")):
         arguments = ["--model", str(tmp_path / folder), "--backend", backend, "--output", str(tmp_path / backend)]
-        assert main(["segment", str(photo), *arguments, *options]) == 0
+        dtype = ["--dtype", "float32"] if backend == "pytorch" else []
+        assert main(["segment", str(photo), *arguments, *options, *dtype]) == 0
     maps = [np.array(PIL.Image.open(tmp_path / name / "photo_labels.png")) for name in ("pytorch", "onnxruntime")]
     assert len(np.unique(maps[0])) > 2
     assert (maps[0] == maps[1]).mean() > 0.999
@@ -332,11 +333,21 @@ def test_the_protocol_can_be_changed(model_folder, tmp_path):
     photo = save_photo(tmp_path / "photo.png")
     arguments = ["--model", str(model_folder), "--output", str(tmp_path / "out"), "--format", "npy"]
     options = ["--size", "48", "--window-size", "32", "--window-stride", "16", "--max-batch-pixels", "3000"]
+    options += ["--dtype", "float32"]
     assert main(["segment", str(photo), *arguments, *options]) == 0
     model, image_processor = load_model(model_folder)
     override_protocol(model, image_processor, 48, 32, 16)
     [expected] = segment(model, image_processor, [photo])
     assert np.array_equal(np.load(tmp_path / "out" / "photo_labels.npy"), expected.numpy())
+
+
+def test_dtype_is_the_processors_own_unless_told(model_folder, tmp_path, capsys):
+    """Fails if --dtype auto is not the default, or does not say what it took."""
+    photo, native = save_photo(tmp_path / "photo.png"), str(native_dtype()).removeprefix("torch.")
+    for options, dtype in (([], native), (["--dtype", "float32"], "float32")):
+        arguments = ["--model", str(model_folder), "--output", str(tmp_path / "out"), "--device", "cpu", *options]
+        assert main(["segment", str(photo), *arguments]) == 0
+        assert f"depict: computes in {dtype} on cpu" in capsys.readouterr().err
 
 
 def test_several_processes_write_what_one_writes(model_folder, tmp_path):
