@@ -167,7 +167,7 @@ class EvaluationSection(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareSection(Section):
-    """How it is computed and kept, which (but for `precision`) does not change what is learnt."""
+    """How it is computed and kept, which (but for `precision` and `tf32`) does not change what is learnt."""
 
     precision: str = setting(
         '"float32"; "bf16" or "fp16" (on accelerators, gradients scaled) for autocast of the forward pass; or "auto", '
