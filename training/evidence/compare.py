@@ -23,9 +23,10 @@ from ..data import DecoderOnFeatures, FeatureDataset, load_dataset_splits, sampl
 from ..evaluation import MeanIoU, class_names, count_flops, environment, interleaved_seconds, write_json, write_whole
 from ..optimization import create_optimizer, create_scheduler, parameter_groups
 from ..recipe import Recipe, resolve_precision
+from ..recipe_data import build_image_processor, build_samples
+from ..recipe_model import build_model
 from ..recipes import camvid_dinov2_small
 from ..settings import nearest_name
-from ..train import build_image_processor, build_model, build_samples
 from .comparison_report import build_report, load_runs, plot_report, render_markdown
 
 # Of the runs that choose the learning rate; none of the compared seeds may be it.

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from ..data import SegmentationDataset, StreamingDataset, TrainingDataset, get_split, label_encoding
 from ..recipe import Recipe
-from ..train import build_augmentation, count_training_images
+from ..recipe_data import build_augmentation, count_training_images
 
 MEASURED_SECONDS = 30.0
 
