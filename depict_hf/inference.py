@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,29 @@ def segment_stream(
 
     Photographs are taken from `images` only as they are needed to fill a forward pass.
     """
+    views = score_stream(model, image_processor, images, scales, flip, max_batch_pixels)
+    temperature = getattr(model.config, "temperature", 1.0)
+    # `map` holds no photograph's scores while the next ones are computed.
+    return map(partial(_label, return_confidence=return_confidence, temperature=temperature), views)
+
+
+def score_stream(
+    model: DepictForSemanticSegmentation,
+    image_processor: DepictImageProcessor,
+    images: Iterable[Photo],
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    max_batch_pixels: int = MAX_BATCH_PIXELS,
+) -> Iterator[list[CoarseScores]]:
+    """What `segment_stream` labels photographs by, for those who need more than labels: every view's coarse scores.
+
+    Args:
+        model, image_processor, images, scales, flip, max_batch_pixels: As for `segment`, with the same errors.
+
+    Yields:
+        Per photograph its views, on the model's device: for every scale one and, with `flip`, its mirror image.
+        `windows.score_bands` brings them to the photograph's size band by band.
+    """
     if isinstance(images, (str, Path, np.ndarray, PIL.Image.Image)):
         raise ValueError(f"Got one {type(images).__name__}, needed a list of photographs; pass [image].")
     if model.training:
@@ -96,7 +120,7 @@ def segment_stream(
         raise ValueError(f"Got scales={scales}, but the image processor does not resize; set its do_resize=True.")
     if max_batch_pixels < 1:
         raise ValueError(f"Got max_batch_pixels={max_batch_pixels}, needed at least 1.")
-    return _stream(model, image_processor, images, scales, flip, max_batch_pixels, return_confidence)
+    return _stream(model, image_processor, images, scales, flip, max_batch_pixels)
 
 
 @dataclass(frozen=True)
@@ -228,14 +252,19 @@ class _Job:
     size: tuple[int, int]
     views: list[_View] = field(default_factory=list)
 
-    def finish(self, return_confidence: bool, temperature: float) -> Tensor | Segmentation:
-        coarse = [
+    def finish(self) -> list[CoarseScores]:
+        return [
             CoarseScores.from_windows(view.logits, view.corners, view.window, view.size, self.size, view.mirrored)
             for view in self.views
         ]
-        labels, *certainty = label_views(coarse, return_confidence, temperature)
-        labels = labels.cpu().long()
-        return Segmentation(labels, *(each.cpu() for each in certainty)) if return_confidence else labels
+
+
+@torch.inference_mode()
+def _label(views: list[CoarseScores], return_confidence: bool, temperature: float) -> Tensor | Segmentation:
+    """What `segment` returns for one photograph."""
+    labels, *certainty = label_views(views, return_confidence, temperature)
+    labels = labels.cpu().long()
+    return Segmentation(labels, *(each.cpu() for each in certainty)) if return_confidence else labels
 
 
 @torch.inference_mode()
@@ -246,14 +275,12 @@ def _stream(
     scales: tuple[float, ...],
     flip: bool,
     max_batch_pixels: int,
-    return_confidence: bool,
-) -> Iterator[Tensor] | Iterator[Segmentation]:
+) -> Iterator[list[CoarseScores]]:
     """Queue the windows of all photographs; run the model whenever a pass is full."""
     # Photographs whose windows have not all been run, or that wait for an earlier one of those.
     jobs: deque[_Job] = deque()
     queue: list[tuple[Tensor, _View]] = []
     pixels = 0
-    finishing = (return_confidence, getattr(model.config, "temperature", 1.0))
     for photo in images:
         image = _as_tensor(photo, image_processor)
         del photo
@@ -271,10 +298,10 @@ def _stream(
             _run(model, queue)
             pixels = 0
         while jobs and _complete(jobs[0]):
-            yield jobs.popleft().finish(*finishing)
+            yield jobs.popleft().finish()
     _run(model, queue)
     while jobs:
-        yield jobs.popleft().finish(*finishing)
+        yield jobs.popleft().finish()
 
 
 def _complete(job: _Job) -> bool:

@@ -1,6 +1,6 @@
 """Pure functions on images and logits larger than one window: cut, merge, label by bands."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ __all__ = [
     "merge_windows",
     "pad_to_multiple",
     "resize_bilinear",
+    "score_bands",
     "upsampling_bands",
     "window_corners",
     "window_starts",
@@ -226,6 +227,26 @@ def label_views(
         return Segmentation(views[0].mosaic.argmax(dim=-1).to(label_dtype))
     dtypes = (label_dtype, torch.float32, torch.float32)[: 3 if return_confidence else 1]
     parts = [torch.empty(height, width, dtype=dtype, device=device) for dtype in dtypes]
+    decide = _decide_together if len(views) > 1 else _decide
+    for rows, columns, scores in score_bands(views):
+        for part, values in zip(parts, decide(scores, return_confidence, temperature), strict=True):
+            part[rows, columns] = values
+    return Segmentation(*parts)
+
+
+def score_bands(views: Sequence[CoarseScores]) -> Iterator[tuple[slice, slice, Iterator[Tensor]]]:
+    """Scores at the size of the image, for a band of rows and columns at a time: all that ever exists of them.
+
+    Args:
+        views: One or several of an image, on one device.
+
+    Yields:
+        Rows and columns of a band, and the scores there of one view after the other, each float32
+        `(rows, columns, num_labels)`, which the caller may overwrite. Together the bands cover every pixel once. They
+        have to be read before the next band is asked for.
+    """
+    device, num_labels = views[0].mosaic.device, views[0].mosaic.shape[-1]
+    width = views[0].horizontal.target_length
     dtype = product_dtype(views[0].mosaic.dtype, device)
     coarse_rows = sum(len(view.mosaic) for view in views)
     tile_width = min(width, max(64, STRIP_ELEMENTS // (coarse_rows * num_labels)))
@@ -238,10 +259,7 @@ def label_views(
             strips = [_columns_of(mosaic, each) for mosaic, each in zip(mosaics, tile, strict=True)]
             for band in bands:
                 scores = (_rows_of(strip, each).float() for strip, each in zip(strips, band, strict=True))
-                decide = _decide_together if len(views) > 1 else _decide
-                for part, values in zip(parts, decide(scores, return_confidence, temperature), strict=True):
-                    part[band[0].rows, tile[0].rows] = values
-    return Segmentation(*parts)
+                yield band[0].rows, tile[0].rows, scores
 
 
 def _columns_of(mosaic: Tensor, band: Band) -> Tensor:
