@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from .photographs import RESULT_SUFFIXES, Processes, find_photographs, standard_input
+from .photographs import CONFIDENCE_SUFFIXES, RESULT_SUFFIXES, Processes, find_photographs, standard_input
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,6 +100,15 @@ def _segment_arguments(parser: argparse.ArgumentParser) -> None:
     results.add_argument(
         "--classes", metavar="NAME[,NAME]", help="only these; all other pixels get no class, which is 255 in label maps"
     )
+    results.add_argument(
+        "--confidence",
+        nargs="?",
+        type=_bits,
+        const=8,
+        metavar="8|16",
+        help="also write, for every pixel, the probability of its label and that minus the next class's as grey PNG of "
+        "8 (the default) or 16 bits, value / 255 or / 65535, and draw the former",
+    )
     results.add_argument("--json", action="store_true", help="print one line of JSON a photograph, and nothing else")
     results.add_argument("--recursive", action="store_true", help="search sub-folders; results go to such folders too")
     results.add_argument(
@@ -143,6 +152,12 @@ def _kinds(text: str) -> list[str]:
     return kinds
 
 
+def _bits(text: str) -> int:
+    if text not in ("8", "16"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 8 nor 16; name photographs before --confidence")
+    return int(text)
+
+
 def _window(text: str) -> int | str:
     return text if text == "none" else int(text)
 
@@ -161,7 +176,8 @@ def segment_photos(args: argparse.Namespace) -> int:
                 raise ValueError("Standard input cannot be shared by several processes; run without a launcher.")
             piped = stack.enter_context(standard_input())
             args.photos = [piped if path == Path("-") else path for path in args.photos]
-        photographs = find_photographs(args.photos, args.output, kinds, args.recursive)
+        written = [*kinds, *CONFIDENCE_SUFFIXES] if args.confidence else kinds
+        photographs = find_photographs(args.photos, args.output, written, args.recursive)
         share = processes.share(photographs)
         num_failed = _segment(args, kinds, processes, share) if share else 0
     return 1 if processes.total(num_failed) else 0
@@ -189,7 +205,7 @@ def _segment(args: argparse.Namespace, kinds: list[str], processes: Processes, s
     classes = None if args.classes is None else find_classes(args.classes, names)
     # Exports hold no encoder of their own that could be asked.
     familiarity = load_familiarity(model_source(args.model)) if args.backend == "pytorch" else None
-    writer = ResultWriter(config, kinds, classes, args.palette, args.alpha)
+    writer = ResultWriter(config, kinds, classes, args.palette, args.alpha, args.confidence)
     by_path = {each.path: each for each in share}
     args.output.mkdir(parents=True, exist_ok=True)
 
@@ -199,7 +215,8 @@ def _segment(args: argparse.Namespace, kinds: list[str], processes: Processes, s
 
     num_failed = 0
     max_batch_pixels = MAX_BATCH_PIXELS if args.max_batch_pixels is None else args.max_batch_pixels
-    files = segment_files(model, image_processor, by_path, finish, args.scales, args.flip, max_batch_pixels)
+    options = (args.scales, args.flip, max_batch_pixels, args.confidence is not None)
+    files = segment_files(model, image_processor, by_path, finish, *options)
     progress = tqdm(files, total=len(share), disable=len(share) == 1 or processes.rank > 0, unit="photo")
     last = time.monotonic()
     for file in progress:

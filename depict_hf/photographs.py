@@ -19,6 +19,12 @@ RESULT_SUFFIXES = {
     "coco": "_coco.json",
     "geojson": ".geojson",
 }
+# And what those of `depict segment --confidence` are.
+CONFIDENCE_SUFFIXES = {
+    "confidence": "_confidence.png",
+    "margin": "_margin.png",
+    "confidence_picture": "_confidence_picture.png",
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,8 @@ class Photograph:
         return "-" if self.path.name == STANDARD_INPUT else str(self.path)
 
     def result(self, kind: str) -> Path:
-        """Where its result of this kind goes, a key of `RESULT_SUFFIXES`."""
-        return self.target.with_name(self.target.name + RESULT_SUFFIXES[kind])
+        """Where its result of this kind goes, a key of `RESULT_SUFFIXES` or `CONFIDENCE_SUFFIXES`."""
+        return self.target.with_name(self.target.name + (RESULT_SUFFIXES | CONFIDENCE_SUFFIXES)[kind])
 
 
 def find_photographs(
@@ -56,7 +62,7 @@ def find_photographs(
     Args:
         paths: Files and folders.
         output: Folder for results. What lies in it is not taken where it lies inside a folder that is searched.
-        kinds: The results wanted, keys of `RESULT_SUFFIXES`.
+        kinds: The results wanted, keys of `RESULT_SUFFIXES` or `CONFIDENCE_SUFFIXES`.
         recursive: Whether sub-folders are searched too.
 
     Raises:

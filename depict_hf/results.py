@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import PIL.Image
 from .configuration_depict import IGNORE_LABEL, DepictConfig
 from .formats import class_boxes, coco_file, geojson_file
 from .labels import colors_for
-from .photographs import Photograph
-from .visualization import class_shares, label_image, overlay
+from .photographs import CONFIDENCE_SUFFIXES, Photograph
+from .visualization import class_shares, confidence_image, draw_confidence, label_image, overlay
+from .windows import Segmentation
 
 NAMES_IN_A_LINE = 24
 
@@ -27,6 +29,9 @@ class ResultWriter:
         classes: Ids of the classes to keep; pixels of all others become 255, which is no class. None keeps all.
         palette: As for `labels.colors_for`.
         alpha: Weight of the colours in the overlay.
+        confidence_bits: 8 or 16, of the files of confidence and margin, a probability of 1 being their largest value;
+            None writes none. They and the picture of the confidence are about the most probable class of all of the
+            model's, whichever `classes` are kept.
     """
 
     config: DepictConfig
@@ -34,18 +39,24 @@ class ResultWriter:
     classes: Sequence[int] | None = None
     palette: str = "auto"
     alpha: float = 0.5
+    confidence_bits: int | None = None
 
     def write(self, photograph: Photograph, photo: PIL.Image.Image, segmentation) -> dict[str, Any]:
         """Write one photograph's files.
 
         Args:
             photo: The photograph itself, upright.
-            segmentation: `(height, width)` class ids, tensor or array.
+            segmentation: `(height, width)` class ids, tensor or array; with `confidence_bits`, the `Segmentation` that
+                also holds confidence and margin.
 
         Returns:
             `width`, `height`, `shares` of the image by class name, largest first, `boxes` by class name, each left,
-            top, right and bottom in pixels, right and bottom excluded, and `files`.
+            top, right and bottom in pixels, right and bottom excluded, and `files`; with `confidence_bits`,
+            `mean_confidence` over all pixels, a probability.
         """
+        certainty = None
+        if self.confidence_bits is not None:
+            certainty, segmentation = segmentation, segmentation.labels
         ids = np.asarray(segmentation.cpu() if hasattr(segmentation, "cpu") else segmentation)
         names = [self.config.id2label[index] for index in range(self.config.num_labels)]
         if self.classes is not None:
@@ -64,18 +75,33 @@ class ResultWriter:
             files["coco"].write_text(json.dumps(coco), encoding="utf-8")
         if "geojson" in files:
             files["geojson"].write_text(json.dumps(geojson_file(ids, names)), encoding="utf-8")
+        mean = {}
+        if certainty is not None:
+            files |= self._write_certainty(photograph, certainty)
+            mean = {"mean_confidence": round(float(certainty.confidence.double().mean()), 6)}
         return {
             "width": photo.width,
             "height": photo.height,
             "shares": {name: round(share, 6) for name, share in class_shares(ids, names)},
             "boxes": {names[index]: list(box) for index, box in class_boxes(ids, len(names)).items()},
+            **mean,
             "files": [str(path) for path in files.values()],
         }
 
+    def _write_certainty(self, photograph: Photograph, certainty: Segmentation) -> dict[str, Path]:
+        files = {kind: photograph.result(kind) for kind in CONFIDENCE_SUFFIXES}
+        confidence_image(certainty.confidence, self.confidence_bits).save(files["confidence"])
+        confidence_image(certainty.margin, self.confidence_bits).save(files["margin"])
+        draw_confidence(certainty.confidence).save(files["confidence_picture"])
+        return files
+
 
 def table(record: dict[str, Any]) -> str:
-    """The shares of a record of `ResultWriter.write`, one line a class."""
-    return "\n".join(f"  {100 * share:6.2f} %  {name}" for name, share in record["shares"].items())
+    """The shares of a record of `ResultWriter.write`, one line a class, and the mean confidence where it is known."""
+    lines = [f"  {100 * share:6.2f} %  {name}" for name, share in record["shares"].items()]
+    if "mean_confidence" in record:
+        lines.append(f"  {100 * record['mean_confidence']:6.2f} %  mean probability of the labels")
+    return "\n".join(lines)
 
 
 def knowledge(config: DepictConfig) -> str:

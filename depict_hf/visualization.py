@@ -1,4 +1,4 @@
-"""Label maps as pictures: palette images, overlays with a legend, contact sheets, and the share of each class."""
+"""Label maps and confidences as pictures: palette images, overlays with a legend, contact sheets, and class shares."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +13,9 @@ from .configuration_depict import IGNORE_LABEL
 LEGEND_NAME_LENGTH = 24  # longer names (ADE20K lists synonyms) would leave no room for a second column
 CONTOUR_DARKNESS = 0.75
 CONTOUR_PIXELS = 1200  # a photograph of so many pixels squared gets lines of two pixels, of twice as many of three
+# In OKLab: lightness, green to red, blue to yellow. Colours on straight lines through them at equal distances look
+# equally far apart, and grow evenly lighter, for colour-blind people too.
+UNSURE_TO_SURE = ((0.97, -0.02, 0.08), (0.60, 0.10, -0.02), (0.22, 0.00, -0.09))
 Color = tuple[int, int, int]
 
 
@@ -93,6 +96,88 @@ def _contours(ids: np.ndarray) -> np.ndarray:
         lines[:, 1:] |= lines[:, :-1]
         lines[1:] |= lines[:-1]
     return lines
+
+
+def confidence_image(probabilities, bits: int = 8) -> PIL.Image.Image:
+    """Grey image of `round(probability * (2**bits - 1))`: a probability is value / 255, or / 65535 in 16 bits.
+
+    Args:
+        probabilities: `(height, width)` tensor or array of 0 to 1; numbers beyond, as margins of several views can
+            have, become the nearer end.
+        bits: 8 or 16.
+
+    Raises:
+        ValueError: If these are not two dimensions, or there is another number of bits.
+    """
+    if bits not in (8, 16):
+        raise ValueError(f"Got bits={bits}, needed 8 or 16: those that a grey PNG file has.")
+    values = _probabilities(probabilities)
+    return PIL.Image.fromarray(np.rint(values * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16))
+
+
+def draw_confidence(probabilities) -> PIL.Image.Image:
+    """Picture of probabilities of labels, light where they are low, above a scale with their mean.
+
+    Args:
+        probabilities: As for `confidence_image`.
+
+    Returns:
+        RGB, as wide as the map (or the scale, if that is wider); the map is at the top left.
+    """
+    values = _probabilities(probabilities)
+    colors = _scale_colors()
+    picture = PIL.Image.fromarray(colors[np.rint(values * 255).astype(np.uint8)])
+    font = PIL.ImageFont.load_default(max(12, round(values.size**0.5 / 45)))
+    gap = round(font.size / 2)
+    bar_width = min(picture.width - 2 * gap, 24 * round(font.size))
+    title = f"probability of the label (mean {values.mean():.3f})"
+    width = max(bar_width, 12 * round(font.size), round(font.getlength(title)))
+    canvas = PIL.Image.new(
+        "RGB", (max(picture.width, width + 2 * gap), picture.height + round(4.5 * font.size)), "white"
+    )
+    canvas.paste(picture, (0, 0))
+    top = picture.height + gap
+    draw = PIL.ImageDraw.Draw(canvas)
+    draw.text((gap, top), title, fill="black", font=font)
+    top += round(1.3 * font.size)
+    bar = PIL.Image.fromarray(colors[None]).resize((width, round(font.size)), PIL.Image.Resampling.BILINEAR)
+    canvas.paste(bar, (gap, top))
+    draw.rectangle((gap, top, gap + width - 1, top + bar.height - 1), outline="black")
+    for position, anchor in ((0, "la"), (0.25, "ma"), (0.5, "ma"), (0.75, "ma"), (1, "ra")):
+        place = (gap + position * (width - 1), top + 1.1 * font.size)
+        draw.text(place, f"{position:g}", fill="black", font=font, anchor=anchor)
+    return canvas
+
+
+def _probabilities(probabilities) -> np.ndarray:
+    values = np.asarray(probabilities.cpu() if hasattr(probabilities, "cpu") else probabilities, dtype=np.float32)
+    if values.ndim != 2:
+        raise ValueError(f"Got probabilities of shape {values.shape}, needed one a pixel: (height, width).")
+    return values.clip(0, 1)
+
+
+def _scale_colors() -> np.ndarray:
+    """`(256, 3)` uint8 RGB from probability 0 to 1.
+
+    Source:
+        The inverse of OKLab by its definition, Björn Ottosson, "A perceptual color space for image processing", 2020.
+    """
+    anchors = np.array(UNSURE_TO_SURE)
+    places = np.concatenate([[0], np.linalg.norm(np.diff(anchors, axis=0), axis=1).cumsum()])
+    lab = np.stack([np.interp(np.linspace(0, places[-1], 256), places, axis) for axis in anchors.T], axis=1)
+    to_cones = np.array(
+        [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]]
+    )
+    to_rgb = np.array(
+        [
+            [4.0767416621, -3.3077115913, 0.2309699292],
+            [-1.2684380046, 2.6097574011, -0.3413193965],
+            [-0.0041960863, -0.7034186147, 1.7076147010],
+        ]
+    )
+    linear = ((lab @ to_cones.T) ** 3 @ to_rgb.T).clip(0, 1)
+    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.rint(255 * encoded).astype(np.uint8)
 
 
 class SheetRow(NamedTuple):

@@ -264,6 +264,40 @@ def test_every_format_shows_the_same_map(model_folder, tmp_path, capsys):
     assert set(json.loads(line)["shares"]) == {"road", "tree"}
 
 
+@pytest.mark.parametrize(("bits", "options"), [(8, []), (16, ["16"])])
+def test_confidences_are_those_of_the_engine(bits, options, model_folder, tmp_path, capsys):
+    """Over scales and with a temperature; fails if confidence and margin are swapped, or of another protocol."""
+    model, image_processor = load_model(model_folder)
+    model.config.temperature = 3.0
+    model.save_pretrained(model_folder)
+    photo, out = save_photo(tmp_path / "photo.png"), tmp_path / "out"
+    arguments = ["--model", str(model_folder), "--output", str(out), "--dtype", "float32", "--scales", "1", "1.5"]
+    assert main(["segment", str(photo), *arguments, "--json", "--format", "png", "--confidence", *options]) == 0
+    [expected] = segment(model, image_processor, [photo], (1.0, 1.5), return_confidence=True)
+    assert np.array_equal(np.array(PIL.Image.open(out / "photo_labels.png")), expected.labels.numpy())
+    for name, values in (("confidence", expected.confidence), ("margin", expected.margin.clamp(min=0))):
+        written = np.array(PIL.Image.open(out / f"photo_{name}.png"))
+        assert written.dtype == (np.uint8 if bits == 8 else np.uint16)
+        assert np.abs(written / (2**bits - 1) - values.numpy()).max() <= 0.51 / (2**bits - 1)
+    record = json.loads(capsys.readouterr().out)
+    assert record["mean_confidence"] == pytest.approx(float(expected.confidence.mean()), abs=1e-5)
+    names = ("labels", "confidence", "margin", "confidence_picture")
+    assert record["files"] == [str(out / f"photo_{name}.png") for name in names]
+    assert sorted(each.name for each in out.iterdir()) == sorted(f"photo_{name}.png" for name in names)
+
+
+def test_photographs_behind_the_confidence_are_not_taken_for_bits(capsys):
+    with pytest.raises(SystemExit):
+        main(["segment", "--confidence", "photo.jpg"])
+    assert "'photo.jpg' is neither 8 nor 16; name photographs before --confidence" in capsys.readouterr().err
+
+
+def test_confidences_do_not_overwrite_photographs(model_folder, tmp_path, capsys):
+    photos = [str(save_photo(tmp_path / name)) for name in ("a.png", "a_margin.png")]
+    assert main(["segment", *photos, "--output", str(tmp_path), "--model", str(model_folder), "--confidence"]) == 2
+    assert "a_margin.png is one of the photographs and would be overwritten" in capsys.readouterr().err
+
+
 def test_json_lines_are_all_that_is_printed(model_folder, tmp_path, capsys):
     photos = [save_photo(tmp_path / "a.png"), tmp_path / "missing.png", save_photo(tmp_path / "b.png", seed=1)]
     arguments = ["--model", str(model_folder), "--output", str(tmp_path / "out"), "--json"]

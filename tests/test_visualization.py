@@ -3,7 +3,15 @@ import PIL.Image
 import pytest
 import torch
 
-from depict_hf.visualization import SheetRow, class_shares, contact_sheet, label_image, overlay
+from depict_hf.visualization import (
+    SheetRow,
+    class_shares,
+    confidence_image,
+    contact_sheet,
+    draw_confidence,
+    label_image,
+    overlay,
+)
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 NAMES = ["wall", "floor", "sky"]
@@ -128,3 +136,42 @@ def test_shares_are_sorted_fractions_of_the_image():
 def test_wrong_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"), [(8, [[0, 255, 64], [0, 255, 128]]), (16, [[0, 65535, 16384], [0, 65535, 32768]])]
+)
+def test_confidences_in_grey_files_keep_their_scale(bits, expected, tmp_path):
+    """Fails if the file is stretched, wraps around beyond 0 and 1, or loses its 16 bits in the file."""
+    confidence_image(torch.tensor([[0, 1, 0.25], [-0.1, 1.1, 0.5]]), bits).save(tmp_path / "confidence.png")
+    assert np.array_equal(np.array(PIL.Image.open(tmp_path / "confidence.png")), expected)
+
+
+def test_the_scale_of_confidences_is_perceptually_even():
+    """By CIE L*a*b*, another measure than the one it is made by: lightness falls steadily, without steps or plateaus."""
+    step = 4
+    shades = draw_confidence(np.linspace(0, 1, 256)[None].repeat(32, 0))
+    row = np.array(shades)[0, :256:step] / 255
+    linear = np.where(row <= 0.04045, row / 12.92, ((row + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    lightness = np.where(luminance > 0.008856, 116 * np.cbrt(luminance) - 16, 903.3 * luminance)
+    assert lightness[0] > 90 and lightness[-1] < 15
+    falls = -np.diff(lightness)
+    assert falls.min() > 0 and falls.max() < 2 * np.median(falls)
+
+
+def test_confidences_are_drawn_at_the_top_left_above_their_scale():
+    values = np.zeros((200, 300), dtype=np.float32)
+    values[50:, 100:] = 1
+    picture = np.array(draw_confidence(values))
+    assert picture.shape[0] > 200 and picture.shape[1:] == (300, 3)
+    assert len(np.unique(picture[:200, :300].reshape(-1, 3), axis=0)) == 2
+    assert (picture[:200, :300].sum(-1) > 400).sum() == (values == 0).sum()
+    assert np.array(draw_confidence(np.ones((3, 5)))).shape[1] > 5  # the scale stays legible below tiny maps
+
+
+def test_confidences_of_another_form_are_refused():
+    with pytest.raises(ValueError, match=r"Got probabilities of shape \(1, 2, 3\), needed one a pixel"):
+        confidence_image(np.zeros((1, 2, 3)))
+    with pytest.raises(ValueError, match="Got bits=12, needed 8 or 16"):
+        confidence_image(np.zeros((2, 3)), 12)
