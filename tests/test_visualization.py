@@ -148,7 +148,7 @@ def test_confidences_in_grey_files_keep_their_scale(bits, expected, tmp_path):
 
 
 def test_the_scale_of_confidences_is_perceptually_even():
-    """By CIE L*a*b*, another measure than the one it is made by: lightness falls steadily, without steps or plateaus."""
+    """By CIE L*a*b*, another measure than the one it is made by: lightness falls steadily, without plateaus."""
     step = 4
     shades = draw_confidence(np.linspace(0, 1, 256)[None].repeat(32, 0))
     row = np.array(shades)[0, :256:step] / 255
