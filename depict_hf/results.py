@@ -54,10 +54,9 @@ class ResultWriter:
             top, right and bottom in pixels, right and bottom excluded, and `files`; with `confidence_bits`,
             `mean_confidence` over all pixels, a probability.
         """
-        certainty = None
-        if self.confidence_bits is not None:
-            certainty, segmentation = segmentation, segmentation.labels
-        ids = np.asarray(segmentation.cpu() if hasattr(segmentation, "cpu") else segmentation)
+        bits = self.confidence_bits
+        labels = segmentation if bits is None else segmentation.labels
+        ids = np.asarray(labels.cpu() if hasattr(labels, "cpu") else labels)
         names = [self.config.id2label[index] for index in range(self.config.num_labels)]
         if self.classes is not None:
             ids = np.where(np.isin(ids, list(self.classes)), ids, IGNORE_LABEL)
@@ -76,9 +75,9 @@ class ResultWriter:
         if "geojson" in files:
             files["geojson"].write_text(json.dumps(geojson_file(ids, names)), encoding="utf-8")
         mean = {}
-        if certainty is not None:
-            files |= self._write_certainty(photograph, certainty)
-            mean = {"mean_confidence": round(float(certainty.confidence.double().mean()), 6)}
+        if bits is not None:
+            files |= _write_certainty(photograph, segmentation, bits)
+            mean = {"mean_confidence": round(float(segmentation.confidence.double().mean()), 6)}
         return {
             "width": photo.width,
             "height": photo.height,
@@ -88,12 +87,13 @@ class ResultWriter:
             "files": [str(path) for path in files.values()],
         }
 
-    def _write_certainty(self, photograph: Photograph, certainty: Segmentation) -> dict[str, Path]:
-        files = {kind: photograph.result(kind) for kind in CONFIDENCE_SUFFIXES}
-        confidence_image(certainty.confidence, self.confidence_bits).save(files["confidence"])
-        confidence_image(certainty.margin, self.confidence_bits).save(files["margin"])
-        draw_confidence(certainty.confidence).save(files["confidence_picture"])
-        return files
+
+def _write_certainty(photograph: Photograph, certainty: Segmentation, bits: int) -> dict[str, Path]:
+    files = {kind: photograph.result(kind) for kind in CONFIDENCE_SUFFIXES}
+    confidence_image(certainty.confidence, bits).save(files["confidence"])
+    confidence_image(certainty.margin, bits).save(files["margin"])
+    draw_confidence(certainty.confidence).save(files["confidence_picture"])
+    return files
 
 
 def table(record: dict[str, Any]) -> str:
