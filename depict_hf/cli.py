@@ -312,6 +312,45 @@ def export_file(args: argparse.Namespace) -> int:
     return 0
 
 
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("photo", type=Path, metavar="PHOTO", help="image file")
+    parser.add_argument("--model", default="default", help="folder, Hub name or 'default' (%(default)s)")
+    parser.add_argument(
+        "--at", type=int, nargs=2, metavar=("X", "Y"), help="open the page at this pixel; default: the middle"
+    )
+    parser.add_argument("--class", dest="class_name", metavar="NAME", help="open the page at this class's token")
+    parser.add_argument("--json", action="store_true", help="write the numbers instead of the page")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: PHOTO_explained.html; with --json, standard output"
+    )
+
+
+def explain_photo(args: argparse.Namespace) -> int:
+    """Write a page that shows how every part of a photograph came to its class; it needs nothing but a browser."""
+    from .explain import explain
+    from .inference import UNREADABLE, load_photo
+    from .loading import load_model
+
+    output = args.output or (None if args.json else Path(f"{args.photo.stem}_explained.html"))
+    if output is not None and output.resolve() == args.photo.resolve():
+        raise ValueError(f"{output} is the photograph and would be overwritten; change --output.")
+    try:
+        photo = load_photo(args.photo)
+    except UNREADABLE as error:
+        raise ValueError(f"{args.photo}: {error}") from error
+    model, image_processor = load_model(args.model)
+    at = tuple(args.at) if args.at else None
+    explanation = explain(model, image_processor, photo, at, args.class_name, args.photo.name)
+    text = json.dumps(explanation.numbers, allow_nan=False) if args.json else explanation.page()
+    if output is None:
+        print(text)
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+        print(f"{args.photo} -> {output}")
+    return 0
+
+
 def _check_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder; choose a new one, so that nothing is overwritten.")
@@ -320,6 +359,9 @@ def _check_empty(folder: Path) -> None:
 COMMANDS = {
     "segment": Command("label every pixel of photographs", _segment_arguments, segment_photos),
     "convert": Command("turn a published checkpoint.pth into a model folder", _convert_arguments, convert_published),
+    "explain": Command(
+        "show why a photograph got its classes, on a page for people", _explain_arguments, explain_photo
+    ),
     "export": Command("write a model as a file that runs without this package", _export_arguments, export_file),
 }
 # These read their own arguments: `depict train ...` is `python -m training.train ...` of the repository.

@@ -195,7 +195,7 @@ def _classes(segmentation: Segmentation, num_labels: int) -> list[dict]:
 
 def _unsure(segmentation: Segmentation, patches: Patches, layout: Layout) -> dict:
     margins = patches.probabilities[:, -1, 0] - patches.probabilities[:, -1, 1]
-    areas = layout.areas()
+    areas = layout.areas(layout.photo)
     pairs: dict[tuple[int, int], list[int]] = {}
     for index in np.flatnonzero((margins < UNSURE_MARGIN) & (areas > 0)).tolist():
         first, second = sorted(patches.classes[index, -1].tolist())

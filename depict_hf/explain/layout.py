@@ -80,10 +80,14 @@ class Layout:
         (top, bottom), (left, right) = edges
         return [round(each, 2) for each in (left, top, right, bottom)]
 
-    def areas(self) -> np.ndarray:
-        """Share of the photograph that belongs to each patch of each window, in the order of `index`."""
+    def areas(self, picture: tuple[int, int]) -> np.ndarray:
+        """Share of a picture of the photograph, `(height, width)` pixels, that belongs to each patch of each window.
+
+        Returns:
+            In the order of `index`; 0 for patches that lie nearer to the centre of another window.
+        """
         counts = []
-        for axis, length in enumerate(self.photo):
+        for axis, length in enumerate(picture):
             window, patch = self.along(axis, length)
             count = np.zeros((len(self.starts[axis]), self.grid[axis]))
             np.add.at(count, (window, patch), 1 / length)

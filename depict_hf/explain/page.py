@@ -18,6 +18,7 @@ from ..analysis import Recording, attention
 from ..labels import colors_for
 from ..modeling_depict import DepictForSemanticSegmentation
 from .explanation import Explanation
+from .layout import Layout
 from .readings import head_maps
 
 MOST_BYTES = 2_900_000  # Of the data in the page; template, style and script have 50,000 more.
@@ -68,14 +69,15 @@ def _hash(text: str) -> str:
 def _data(explanation: Explanation) -> dict:
     """All but the heads' maps."""
     numbers, layout, patches = explanation.numbers, explanation.layout, explanation.patches
-    scale = min(1, LONGEST_SIDE / max(layout.photo))
-    height, width = (max(1, round(length * scale)) for length in layout.photo)
+    height, width = _picture_size(layout)
     file = io.BytesIO()
     explanation.photo.resize((width, height), PIL.Image.Resampling.LANCZOS).save(file, "JPEG", quality=80)
     rows, columns = (
         ((np.arange(small) + 0.5) * large / small).astype(int)
         for small, large in zip((height, width), layout.photo, strict=True)
     )
+    # What no pixel asks for is zero, which packs to nothing; classes are asked for where patches look.
+    used = _used(explanation)[:, None]
     labels = explanation.segmentation.labels.numpy()[rows][:, columns]
     confidence = explanation.segmentation.confidence.numpy()[rows[::2]][:, columns[::2]]
     if numbers["class"] is not None:
@@ -94,13 +96,25 @@ def _data(explanation: Explanation) -> dict:
         "labels": _pack(labels, "uint16"),
         "confidence": _pack(confidence, "uint8", 1 / 255),
         "reading_classes": _pack(patches.classes, "uint16"),
-        "reading_probabilities": _pack(patches.probabilities, "uint16", 1 / 65535),
-        "label_probabilities": _pack(patches.label_probabilities, "uint16", 1 / 65535),
-        "class_probabilities": _pack(patches.final[:, explanation.shown_classes], "uint8", 1 / 255),
-        "contributions": _pack(patches.contributions, "int16", _scale(patches.contributions, 32767)),
-        "scores": _pack(patches.scores, "int16", _scale(patches.scores, 32767)),
+        "reading_probabilities": _pack(patches.probabilities * used[..., None], "uint16", 1 / 65535),
+        "label_probabilities": _pack(patches.label_probabilities * used, "uint16", 1 / 65535),
+        "class_probabilities": _pack(patches.final[:, explanation.shown_classes] * used, "uint8", 1 / 255),
+        "contributions": _pack(patches.contributions * used[..., None], "int16", _scale(patches.contributions, 32767)),
+        "scores": _pack(patches.scores * used, "int16", _scale(patches.scores, 32767)),
         "maps": None,
     }
+
+
+def _picture_size(layout: Layout) -> tuple[int, int]:
+    scale = min(1, LONGEST_SIDE / max(layout.photo))
+    height, width = (max(1, round(length * scale)) for length in layout.photo)
+    return height, width
+
+
+def _used(explanation: Explanation) -> np.ndarray:
+    """Of all patches of all windows, those that a pixel of the photograph or of its picture on the page belongs to."""
+    layout = explanation.layout
+    return (layout.areas(layout.photo) + layout.areas(_picture_size(layout))) > 0
 
 
 def _scale(values: np.ndarray, most: int) -> float:
@@ -122,13 +136,19 @@ def _head_maps(explanation: Explanation, room: int) -> dict:
     share a map, as brightness from 0 to `levels`, the square root of its ratio to the map's largest share (`peaks`).
     """
     model, recordings = explanation.model, explanation.recordings
+    used = torch.from_numpy(_used(explanation)).double().unflatten(0, (len(recordings), *explanation.layout.grid))
     for sharing, square in COARSENINGS:
-        sample = _patch_maps(model, recordings[len(recordings) // 2], sharing, square)
+        # Squares of patches that share a map, of which there are more where windows overlap than are asked for.
+        wanted = (_sum_squares(used, sharing) > 0).flatten(1).numpy()
+        sample = _patch_maps(model, recordings[0], sharing, square)
         # One window tells what is much too large, and its number of values what need not even be packed: never have
         # they taken less than one bit each.
-        if sample.size * len(recordings) / 8 > room or _size(_packed_maps(sample[None])) * len(recordings) > 1.2 * room:
+        if sample[0].size * wanted.sum() / 8 > room:
+            continue
+        if _size(_packed_maps(sample[None])) * wanted.sum() / wanted.shape[1] > 1.2 * room:
             continue
         maps = np.stack([_patch_maps(model, each, sharing, square) for each in recordings])
+        maps *= wanted[:, :, None, None, None]
         classes = np.stack(
             [
                 np.stack([_squares(head_maps(model, each, None, label), square) for label in explanation.shown_classes])

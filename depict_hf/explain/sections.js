@@ -61,7 +61,7 @@ function explainReadings(index, read) {
     make("strong", {}, sentence), " Layers are trained together, not to be read one by one, so early readings can be odd."),
   table(["Read", "class", make("th", { scope: "col", class: "number" }, "probability"),
     make("th", { scope: "col", colspan: 2 }, `probability of ${names[read.label]}`)], rows,
-  "Class read after each layer", "wide"));
+  "Class read after each layer", "wide stages"));
 }
 function explainContributions(index, read) {
   const count = data.terms.length, term = (which, side) => at(arrays.contributions, (index * count + which) * 2 + side);
@@ -155,8 +155,9 @@ function explainClass() {
   if (data.maps) {
     const windows = classMaps(label);
     body.push(make("h3", {}, "Where its token looks"), make("p", {}, "The token changes from layer to layer, too, by " +
-      "looking at patches." + (layout.windows > 1 ? " Every window of the photograph has a token of its own; here they " +
-      "are side by side." : "")));
+      (numbers.model.decoder_type === "ca" ? "looking at patches."
+        : "looking at patches and class tokens; a map shows what is left for patches, however little.") +
+      (layout.windows > 1 ? " Every window of the photograph has a token of its own; here they are side by side." : "")));
     windows[0].forEach((heads, layer) => body.push(make("h4", {}, `Layer ${layer + 1}`), make("div",
       { class: "maps photos" }, ...heads.map((_, head) => mapButton("class", layer, head,
         windows.map((maps, window) => [window, maps[layer][head], ownBox(window)]), [0, 0, width, height])))));
@@ -317,7 +318,8 @@ async function start() {
   const packed = Object.entries(data).filter(([, value]) => value && value.data);
   arrays = Object.fromEntries(await Promise.all(packed.map(async ([key, value]) => [key, await unpack(value)])));
   for (const [key, kind] of data.maps ? [["patchMaps", "patches"], ["classMaps", "classes"]] : [])
-    arrays[key] = { maps: await unpack(data.maps[kind].maps), peaks: await unpack(data.maps[kind].peaks) };
+    arrays[key] = { maps: await unpack(data.maps[kind].maps), peaks: await unpack(data.maps[kind].peaks),
+      sums: await unpack(data.maps[kind].sums) };
   await photo.decode();
   Object.assign(byId("picture"), { width, height });
   fillHeader();
