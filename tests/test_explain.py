@@ -206,8 +206,8 @@ def test_page_holds_the_numbers_of_all_patches(decoder_type, windows, photo):
     }
     for name, (expected, tolerance) in readings.items():
         assert np.allclose(unpack(data[name])[used], expected[used], atol=tolerance, rtol=0), name
-    assert np.array_equal(unpack(data["labels"]), explanation.segmentation.labels)
-    assert np.allclose(unpack(data["confidence"]), explanation.segmentation.confidence[::2, ::2], atol=2e-3)
+    assert np.array_equal(unpack(data["labels"]), explanation.labels)
+    assert np.allclose(unpack(data["confidence"]), explanation.confidence[::2, ::2], atol=2e-3)
     assert data["numbers"]["class"]["id"] == 1
     if decoder_type == "linear":
         assert data["maps"] is None

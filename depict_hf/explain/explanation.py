@@ -21,11 +21,11 @@ from ..analysis import (
 from ..image_processing_depict import DepictImageProcessor
 from ..inference import load_photo, segment
 from ..modeling_depict import DepictForSemanticSegmentation
-from ..windows import Segmentation
 from .layout import Layout, record_windows
 from .readings import Patches, head_maps, read_patches
 
 UNSURE_MARGIN = 0.2  # Below this distance of the first two probabilities, a pixel or patch counts as unsure.
+EPSILON = 0.5  # Distortion that coding rates allow, for tokens of length 1.
 MOST_CLASSES = 24  # Shown in the Gram matrix and as class tokens: those with the largest shares.
 MOST_PAIRS = 8  # Of confused classes.
 
@@ -46,7 +46,8 @@ class Explanation:
     Attributes:
         numbers: For JSON; see `explain`.
         photo: Upright, RGB.
-        segmentation: As of `segment`, per pixel of the photograph.
+        labels: Class ids of all pixels of the photograph, as of `segment`.
+        confidence: The probabilities of these, as of `segment`.
         layout: Where windows and patches lie.
         patches: What was read for them.
         recordings: Of the windows.
@@ -56,7 +57,8 @@ class Explanation:
 
     numbers: dict
     photo: PIL.Image.Image
-    segmentation: Segmentation
+    labels: Tensor
+    confidence: Tensor
     layout: Layout
     patches: Patches
     recordings: list[Recording]
@@ -132,9 +134,10 @@ def explain(
     layout, recordings = record_windows(model, image_processor, photo)
     at = at or (photo.width // 2, photo.height // 2)
     place = layout.locate(*at)
-    [segmentation] = segment(model, image_processor, [photo], return_confidence=True)
+    labels, confidence, margin = segment(model, image_processor, [photo], return_confidence=True)[0]
+    assert confidence is not None and margin is not None
     patches = read_patches(model, recordings)
-    classes = _classes(segmentation, len(names))
+    classes = _classes(labels, confidence, len(names))
     shown = [each["id"] for each in classes[:MOST_CLASSES]]
     if chosen is not None and chosen not in shown:
         shown.append(chosen)
@@ -151,7 +154,7 @@ def explain(
             "decoder_type": decoder_type,
             "class_names": names,
             "temperature": model.config.temperature,
-            "layers": 0 if decoder_type == "linear" else len(model.decoder.layers),
+            "layers": 0 if decoder_type == "linear" else len(recordings[0].decoder_tokens) - 1,
             "heads": 0 if decoder_type == "linear" else attention_map(model, recordings[0], 0, (0, 0)).shape[1],
         },
         "layout": {
@@ -163,7 +166,7 @@ def explain(
             "windows": len(recordings),
         },
         "classes": classes,
-        "unsure": _unsure(segmentation, patches, layout),
+        "unsure": _unsure(confidence, margin, patches, layout),
         "patch": _patch(model, recordings, patches, layout, place),
         "class": None if chosen is None else _class(model, recordings, classes, chosen),
         "rates": None if "rates" in missing else _rates(model, recordings),
@@ -171,7 +174,7 @@ def explain(
         "subspaces": None if "subspaces" in missing else _subspaces(model),
         "missing": missing,
     }
-    return Explanation(numbers, photo, segmentation, layout, patches, recordings, shown, model)
+    return Explanation(numbers, photo, labels, confidence, layout, patches, recordings, shown, model)
 
 
 def _class_id(class_name: str, names: list[str]) -> int:
@@ -182,8 +185,8 @@ def _class_id(class_name: str, names: list[str]) -> int:
     return found[0]
 
 
-def _classes(segmentation: Segmentation, num_labels: int) -> list[dict]:
-    labels, confidence = segmentation.labels.flatten(), segmentation.confidence.flatten().double()
+def _classes(labels: Tensor, confidence: Tensor, num_labels: int) -> list[dict]:
+    labels, confidence = labels.flatten(), confidence.flatten().double()
     counts = torch.bincount(labels, minlength=num_labels)
     sums = torch.bincount(labels, confidence, minlength=num_labels)
     return [
@@ -193,14 +196,14 @@ def _classes(segmentation: Segmentation, num_labels: int) -> list[dict]:
     ]
 
 
-def _unsure(segmentation: Segmentation, patches: Patches, layout: Layout) -> dict:
+def _unsure(confidence: Tensor, margin: Tensor, patches: Patches, layout: Layout) -> dict:
     margins = patches.probabilities[:, -1, 0] - patches.probabilities[:, -1, 1]
     areas = layout.areas(layout.photo)
     pairs: dict[tuple[int, int], list[int]] = {}
     for index in np.flatnonzero((margins < UNSURE_MARGIN) & (areas > 0)).tolist():
         first, second = sorted(patches.classes[index, -1].tolist())
         pairs.setdefault((first, second), []).append(index)
-    found = [
+    found: list[dict] = [
         {
             "classes": list(pair),
             "share": float(areas[members].sum()),
@@ -211,8 +214,8 @@ def _unsure(segmentation: Segmentation, patches: Patches, layout: Layout) -> dic
     ]
     return {
         "margin": UNSURE_MARGIN,
-        "share": (segmentation.margin < UNSURE_MARGIN).double().mean().item(),
-        "confidence": segmentation.confidence.double().mean().item(),
+        "share": (margin < UNSURE_MARGIN).double().mean().item(),
+        "confidence": confidence.double().mean().item(),
         "pairs": sorted(found, key=lambda each: -each["share"])[:MOST_PAIRS],
     }
 
@@ -281,21 +284,23 @@ def _rounded(maps: np.ndarray) -> list:
 
 
 def _rates(model: DepictForSemanticSegmentation, recordings: list[Recording]) -> dict:
-    curves = [rate_curves(model, recording, normalize=True) for recording in recordings]
+    curves = [rate_curves(model, recording, EPSILON, normalize=True) for recording in recordings]
 
     def mean(name: str) -> list | None:
         if getattr(curves[0], name) is None:
             return None
         return torch.cat([getattr(each, name) for each in curves]).mean(0).tolist()
 
-    numbers = {
-        "epsilon": 0.5,
-        "patch_nats": mean("patch_rates_nats"),
+    rates, compressions = mean("patch_rates_nats"), mean("patch_compression_nats")
+    assert rates is not None
+    return {
+        "epsilon": EPSILON,
+        "patch_nats": rates,
         "class_nats": mean("class_rates_nats"),
-        "patch_compression_nats": mean("patch_compression_nats"),
+        "patch_compression_nats": compressions,
         "class_compression_nats": mean("class_compression_nats"),
+        "sentence": rate_sentence(rates, compressions),
     }
-    return {**numbers, "sentence": rate_sentence(numbers["patch_nats"], numbers["patch_compression_nats"])}
 
 
 def rate_sentence(rates: list[float], compressions: list[list[float]] | None) -> str:
@@ -366,6 +371,7 @@ def _subspaces(model: DepictForSemanticSegmentation) -> list[dict]:
         sizes = step_sizes(model, part == "cross").tolist()
         for layer, statistics in enumerate(subspace_statistics(model, part == "cross")):
             numbers = {"part": part, "layer": layer, "step_sizes": sizes[layer]}
+            assert statistics.random is not None
             for prefix, each in (("", statistics), ("random_", statistics.random)):
                 heads = len(each.overlaps)
                 apart = ~torch.eye(heads, dtype=torch.bool, device=each.overlaps.device)

@@ -101,14 +101,13 @@ def record_windows(
     """One record per window, or one of the whole photograph where the model has no windows."""
     pixel_values = image_processor(photo, return_tensors="pt")["pixel_values"]
     size = model.config.window_size
-    if size is None:
-        window = resized = tuple(pixel_values.shape[-2:])
-        starts, corners = ([0], [0]), [(0, 0)]
-    else:
+    if size is not None:
         pixel_values = enlarge_to_window(pixel_values, size)
-        window, resized = (size, size), tuple(pixel_values.shape[-2:])
+    height, width = resized = pixel_values.shape[-2:]
+    window, starts, corners = resized, ([0], [0]), [(0, 0)]
+    if size is not None:
         stride = model.config.window_stride or size
-        starts = tuple(window_starts(length, size, stride) for length in resized)
+        window, starts = (size, size), (window_starts(height, size, stride), window_starts(width, size, stride))
         corners = window_corners(resized, size, stride)
     recordings = [
         record(model, pixel_values[..., top : top + window[0], left : left + window[1]], origin=(top, left))

@@ -78,8 +78,8 @@ def _data(explanation: Explanation) -> dict:
     )
     # What no pixel asks for is zero, which packs to nothing; classes are asked for where patches look.
     used = _used(explanation)[:, None]
-    labels = explanation.segmentation.labels.numpy()[rows][:, columns]
-    confidence = explanation.segmentation.confidence.numpy()[rows[::2]][:, columns[::2]]
+    labels = explanation.labels.numpy()[rows][:, columns]
+    confidence = explanation.confidence.numpy()[rows[::2]][:, columns[::2]]
     if numbers["class"] is not None:
         # The page has the maps of all class tokens, coarsened.
         numbers = {**numbers, "class": {key: value for key, value in numbers["class"].items() if key != "attention"}}
@@ -187,7 +187,7 @@ def _patch_maps(model: DepictForSemanticSegmentation, recording: Recording, shar
     grid_height, grid_width = recording.grid_size
     num_tokens = recording.num_patches + recording.num_labels
     layers = []
-    for layer in range(len(model.decoder.layers)):
+    for layer in range(len(recording.decoder_tokens) - 1):
         parts = []
         # Whole rows of squares at a time.
         heads = attention(model, recording, layer, torch.tensor([0])).shape[1]
