@@ -3,7 +3,7 @@
 from .arguments import add_data_arguments, load_samples, load_with_overrides, settings, start_processes
 from .corruptions import CORRUPTIONS, SEVERITIES, Corruption, parse_corruptions
 from .evaluate_split import Execution, Observer, Protocol, evaluate, evaluate_under, spread, under_corruption
-from .measurement import count_flops, interleaved_seconds, log_slope, matrix_product, peak_extra_bytes
+from .measurement import count_flops, interleaved_seconds, log_slope, matrix_product, peak_extra_bytes, wait_for
 from .metrics import EvaluateMeanIoU, MeanIoU, compare_metrics, largest_difference, scores
 from .pictures import sample_picture, write_picture
 from .records import (
@@ -16,6 +16,7 @@ from .records import (
     write_json,
     write_whole,
 )
+from .report import draw_curves, render_report
 from .worst_images import WorstImages, check_sheet, save_sheet
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "compare_metrics",
     "count_flops",
     "describe",
+    "draw_curves",
     "environment",
     "evaluate",
     "evaluate_under",
@@ -47,6 +49,7 @@ __all__ = [
     "parse_corruptions",
     "peak_extra_bytes",
     "percent",
+    "render_report",
     "render_table",
     "sample_picture",
     "save_sheet",
@@ -55,6 +58,7 @@ __all__ = [
     "spread",
     "start_processes",
     "under_corruption",
+    "wait_for",
     "write_json",
     "write_picture",
     "write_whole",

@@ -8,19 +8,26 @@ from .groups import (
     create_scheduler,
     encoder_block,
     freeze_encoder_blocks,
+    optimizer_groups,
     parameter_groups,
     rate_factor,
 )
 from .losses import RecipeLoss, balanced_weights
+from .pace import Budget, Pace, PacedTrainer, ProgressLine, clock_time
 from .trainer import SegmentationTrainer, check_sharding
 
 __all__ = [
+    "Budget",
+    "Pace",
+    "PacedTrainer",
+    "ProgressLine",
     "RecipeLoss",
     "SegmentationTrainer",
     "add_adapters",
     "balanced_weights",
     "check_same_run",
     "check_sharding",
+    "clock_time",
     "count_encoder_blocks",
     "create_optimizer",
     "create_scheduler",
@@ -28,6 +35,7 @@ __all__ = [
     "encoder_block",
     "find_checkpoint",
     "freeze_encoder_blocks",
+    "optimizer_groups",
     "parameter_groups",
     "rate_factor",
 ]

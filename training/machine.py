@@ -1,0 +1,155 @@
+"""How fast this machine computes what a plan consists of, measured on the model and the data that are to be trained."""
+
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from depict_hf import DepictForSemanticSegmentation
+from depict_hf.inference import segment
+from depict_hf.vit import LayerRecord
+
+from .data import SegmentationDataset, TrainingDataset
+from .evaluation import spread, wait_for
+from .optimization import count_encoder_blocks
+from .planning import CROP, DataFacts, MachineFacts, base_recipe, stage_recipes
+from .recipe import Recipe
+from .train import build_augmentation, build_image_processor, freeze_for
+
+LOOKED_AT = 16
+# bfloat16 rounds; it must be worth it.
+LEAST_GAIN = 1.2
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Autocast of a recipe's precision."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def data_facts(opened) -> DataFacts:
+    """What a plan needs to know of the data that `open_data` opened; some photographs are looked at."""
+    samples = opened.samples
+    train = samples["train"]
+    sides = [min(train[index]["image"].shape[-2:]) for index in spread(len(train), LOOKED_AT)]
+    counts = (len(samples[name]) for name in ("train", "validation", "test"))
+    return DataFacts(tuple(opened.class_names), *counts, int(statistics.median(sides)))
+
+
+def measure(
+    model: DepictForSemanticSegmentation,
+    samples: SegmentationDataset,
+    data: DataFacts,
+    means: tuple,
+    stds: tuple,
+    output: Path,
+    overrides: Sequence[str] = (),
+) -> MachineFacts:
+    """Time encoder, training step and segmentation on one photograph each; the model's weights do not change.
+
+    Args:
+        model: Moved to the fastest device, where it stays; in evaluation mode afterwards.
+        samples: Of the training split.
+        output: Where the run writes.
+        overrides: Of fields, which decide sizes.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model.to(device).eval()
+    facts = {
+        "device": device.type,
+        "patch_size": model.config.encoder_patch_size,
+        "num_blocks": count_encoder_blocks(model),
+        "hidden_size": model.encoder.hidden_size,
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "free_disk_bytes": shutil.disk_usage(output).free,
+    }
+    unmeasured = MachineFacts(**facts, precision="float32", encode_seconds=1.0, train_seconds=1.0, segment_seconds=1.0)
+    base = base_recipe(data, unmeasured, means, stds, model.config.decoder_type)
+    recipe = next(each for each in reversed(stage_recipes(base, unmeasured, overrides)) if each)
+    side = recipe.data.crop_size
+    square = torch.randn(1, 3, side, side, device=device)
+    facts["precision"], facts["why_precision"], encode_square = _choose_precision(model, square, overrides)
+    recipe = recipe.replace(precision=facts["precision"])
+    processor = build_image_processor(recipe)
+    photo = samples[0]["image"]
+    pixel_values = processor(photo, return_tensors="pt")["pixel_values"]
+    area = pixel_values.shape[-2] * pixel_values.shape[-1]
+    windows = (recipe.evaluation.window_size, recipe.evaluation.window_stride)
+    model.config.window_size, model.config.window_stride = windows
+    with torch.inference_mode(), autocast(device, facts["precision"]):
+        segment_seconds = _seconds(lambda: segment(model, processor, [photo.permute(1, 2, 0).numpy()]), device)
+    model.config.window_size = model.config.window_stride = None
+    train_seconds = _train_seconds(model, recipe, samples, device)
+    return MachineFacts(
+        **facts,
+        # Attention makes large images cost more than their area.
+        encode_seconds=1.25 * encode_square * area / side**2,
+        train_seconds=train_seconds * (CROP * facts["patch_size"] / side) ** 2,
+        segment_seconds=segment_seconds,
+    )
+
+
+def _choose_precision(
+    model: DepictForSemanticSegmentation, square: torch.Tensor, overrides: Sequence[str]
+) -> tuple[str, str, float]:
+    """Precision, the reason for it, and the seconds that the encoder takes for a square in it."""
+    given = [each.partition("=")[2] for each in overrides if each.partition("=")[0].endswith("precision")]
+    seconds = {}
+    for precision in given or ("float32", "bf16"):
+
+        def encode(precision: str = precision) -> None:
+            with torch.inference_mode(), autocast(square.device, precision):
+                model.encoder(square, LayerRecord())
+
+        seconds[precision] = _seconds(encode, square.device, warm_up=True)
+    if given:
+        return given[0], "", seconds[given[0]]
+    gain = seconds["float32"] / seconds["bf16"]
+    chosen = "bf16" if gain >= LEAST_GAIN else "float32"
+    return chosen, f"Precision {chosen}: in bfloat16 the encoder is {gain:.1f} times as fast here.", seconds[chosen]
+
+
+def _train_seconds(
+    model: DepictForSemanticSegmentation,
+    recipe: Recipe,
+    samples: SegmentationDataset,
+    device: torch.device,
+) -> float:
+    """Forward and backward pass for each of two squares, and reading them where no other processor does that."""
+    side = recipe.data.crop_size
+    trainable = {name: each.requires_grad for name, each in model.named_parameters()}
+    if not recipe.model.lora_rank:
+        freeze_for(model, recipe)
+    model.train()
+    squares = torch.randn(2, 3, side, side, device=device)
+    labels = torch.zeros(2, side, side, dtype=torch.long, device=device)
+
+    def step() -> None:
+        with autocast(device, recipe.hardware.precision):
+            loss = model(pixel_values=squares, labels=labels).loss
+        loss.backward()
+
+    seconds = _seconds(step, device, warm_up=device.type != "cpu") / 2
+    model.zero_grad()
+    model.eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    dataset = TrainingDataset(samples, build_augmentation(recipe), 0)
+    reading = _seconds(lambda: dataset[0], torch.device("cpu"))
+    if device.type == "cpu":
+        return seconds + reading
+    return max(seconds, reading / max(recipe.hardware.num_workers, 1))
+
+
+def _seconds(function: Callable[[], object], device: torch.device, warm_up: bool = False) -> float:
+    if warm_up:
+        function()
+    wait_for(device)
+    begin = time.perf_counter()
+    function()
+    wait_for(device)
+    return time.perf_counter() - begin

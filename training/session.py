@@ -1,0 +1,368 @@
+"""A run of `training.own_classes` from its data to its report, in one session or several."""
+
+import argparse
+import dataclasses
+import json
+import math
+import shutil
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import disable_progress_bars
+from torch import Tensor
+from transformers import set_seed
+from transformers.utils import logging
+
+from depict_hf import DepictForSemanticSegmentation
+from depict_hf.loading import load_model
+
+from .data import DecoderOnFeatures, EvaluationDataset, FeatureDataset, SegmentationDataset, TrainingDataset, open_data
+from .evaluation import (
+    Execution,
+    Protocol,
+    WorstImages,
+    draw_curves,
+    environment,
+    evaluate,
+    render_report,
+    render_table,
+    save_sheet,
+    spread,
+    start_processes,
+    write_json,
+    write_whole,
+)
+from .machine import autocast, data_facts, measure
+from .optimization import Budget, Pace, PacedTrainer, ProgressLine, clock_time, discard_unfinished, find_checkpoint
+from .own_classes import DEFAULT_MINUTES
+from .planning import Plan, Stage, base_recipe, check_overrides, make_plan
+from .recipe import SECTIONS, Recipe
+from .starting import Start, start_from
+from .train import build_augmentation, build_image_processor, build_loss, build_samples, freeze_for, training_arguments
+
+# In OUT: what the run was asked for and planned, what happened when, and all that is deleted at its end.
+RUN, HISTORY, WORK = "run.json", "history.jsonl", "work"
+LEAST_TEST_IMAGES = 8
+
+
+@dataclass
+class Session:
+    """What all parts of a session share.
+
+    Args:
+        output: Folder of the run.
+        budget: Its time.
+        plan: Its stages.
+        splits: The data, as `open_data` opened them.
+        history: Events of all sessions so far.
+    """
+
+    output: Path
+    budget: Budget
+    plan: Plan
+    splits: typing.Any
+    history: list[dict]
+
+    def record(self, stage: str, event: dict) -> None:
+        """Note an event of `PacedTrainer`, also for a session that goes on from here."""
+        event = {"stage": stage} | event
+        self.history.append(event)
+        with (self.output / HISTORY).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+def train_own_classes(arguments: argparse.Namespace, started: float) -> None:
+    """Read, measure, plan, train, evaluate, report.
+
+    Args:
+        arguments: Of `own_classes.add_arguments`.
+        started: When the command began, by `time.monotonic`.
+
+    Raises:
+        FloatingPointError: If the loss is not finite.
+        ImportError, OSError, ValueError: If something that was asked for cannot be had.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    overrides = tuple(arguments.overrides)
+    check_overrides(overrides)
+    state = start_processes()
+    if state.num_processes > 1:
+        raise ValueError(
+            f"Got {state.num_processes} processes, needed one; start this command without a launcher, or train a "
+            "recipe on several with training.train."
+        )
+    asked = _asked(arguments)
+    saved = _open_run(arguments.output, arguments.resume, asked)
+    if saved and (arguments.output / "report.md").is_file():
+        print(f"The run in {arguments.output} is finished; its report is {arguments.output / 'report.md'}.")
+        return
+    history = _read_history(arguments.output) if saved else []
+    seconds = math.inf if asked["minutes"] is None else 60 * asked["minutes"]
+    budget = Budget(seconds, history[-1]["seconds"] if history else 0.0, started=started)
+    set_seed(0)
+
+    fields = _fields_of_data(overrides)
+    names = None if arguments.classes is None else tuple(name.strip() for name in arguments.classes.split(","))
+    opened = open_data(arguments.data, names, **fields)
+    print(opened)
+    start = start_from(arguments.source, opened.class_names, arguments.decoder)
+    start_lines = start.describe()
+    print("\n".join(start_lines))
+
+    if saved:
+        plan, start_lines = _plan_from_json(saved["plan"]), saved["start"]
+    else:
+        plan = _make_plan(asked, opened, start, budget, arguments.output, overrides)
+        write_json(
+            {"asked": asked, "start": start_lines, "plan": dataclasses.asdict(plan), "environment": environment()},
+            arguments.output / RUN,
+        )
+    print("\n".join(("Plan:", *(f"  {reason}" for reason in plan.reasons))))
+    session = Session(arguments.output, budget, plan, opened.splits, history)
+    model = start.model
+    for index in range(len(plan.stages)):
+        model = _run_stage(session, index, model)
+    _finish(session, model, arguments, start_lines)
+
+
+def _asked(arguments: argparse.Namespace) -> dict:
+    """What a run depends on, as JSON gives it back."""
+    minutes = arguments.minutes
+    if minutes is None and arguments.epochs is None and arguments.max_steps is None:
+        minutes = DEFAULT_MINUTES
+    return {
+        "data": arguments.data,
+        "source": arguments.source,
+        "classes": arguments.classes,
+        "decoder": arguments.decoder,
+        "minutes": minutes,
+        "epochs": arguments.epochs,
+        "max_steps": arguments.max_steps,
+        "overrides": list(arguments.overrides),
+    }
+
+
+def _open_run(output: Path, resume: bool, asked: dict) -> dict | None:
+    """What `run.json` of a run that goes on says; None for a new one.
+
+    Raises:
+        ValueError: If OUT holds something and the run is not to go on, or it was asked for something else.
+    """
+    path = output / RUN
+    if resume and path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        changed = [
+            f"{name}={asked[name]!r}, there {saved['asked'][name]!r}"
+            for name in asked
+            if asked[name] != saved["asked"][name]
+        ]
+        if changed:
+            raise ValueError(f"Got --resume with other settings than in {path}: {'; '.join(changed)}. Use the same.")
+        return saved
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        what = "pass --resume to go on with the run in it, or " if path.is_file() else ""
+        raise ValueError(f"{output} is not an empty folder; {what}choose a new one, so that nothing is overwritten.")
+    output.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def _read_history(output: Path) -> list[dict]:
+    path = output / HISTORY
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    events = []
+    for line in lines:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:  # a line that was being written when the run was killed
+            continue
+    return events
+
+
+def _fields_of_data(overrides: Sequence[str]) -> dict:
+    """Overrides that say how data are read, as arguments of `open_data`."""
+    names = ("image_column", "label_column", "reduce_labels", "skip_unreadable")
+    given = dict(each.partition("=")[::2] for each in overrides)
+    given = {name.rpartition(".")[2]: text for name, text in given.items()}
+    fields = {name: given[name] for name in names if name in given}
+    return {
+        name: text.lower() == "true" if text.lower() in ("true", "false") else text for name, text in fields.items()
+    }
+
+
+def _make_plan(asked: dict, opened, start: Start, budget: Budget, output: Path, overrides: Sequence[str]) -> Plan:
+    data = data_facts(opened)
+    machine = measure(start.model, opened.samples["train"], data, start.image_mean, start.image_std, output, overrides)
+    base = base_recipe(data, machine, start.image_mean, start.image_std, start.model.config.decoder_type)
+    steps = asked["max_steps"]
+    if asked["epochs"] is not None:
+        steps = asked["epochs"] * base.override(overrides).steps_per_epoch(data.train)
+    decoder_is_new = any(name.startswith("decoder.") for name in start.new)
+    return make_plan(data, machine, base, budget.seconds, budget.spent(), steps, decoder_is_new, overrides)
+
+
+def _plan_from_json(values: dict) -> Plan:
+    stages = [Stage(**(stage | {"recipe": _recipe_from_json(stage["recipe"])})) for stage in values["stages"]]
+    return Plan(**(values | {"stages": tuple(stages), "reasons": tuple(values["reasons"])}))
+
+
+def _recipe_from_json(values: dict) -> Recipe:
+    sections = {
+        section: kind(
+            **{name: tuple(each) if isinstance(each, list) else each for name, each in values[section].items()}
+        )
+        for section, kind in SECTIONS.items()
+    }
+    return Recipe(name=values["name"], **sections)
+
+
+def _run_stage(session: Session, index: int, model: DepictForSemanticSegmentation) -> DepictForSemanticSegmentation:
+    """Train one stage, or load what it ended with; returns the model with its best weights."""
+    stage = session.plan.stages[index]
+    recipe, folder = stage.recipe, session.output / WORK / f"{index + 1}-{stage.name}"
+    done = folder / "model"
+    if (done / "config.json").is_file():
+        print(f"Stage {stage.name}: done before.")
+        return load_model(done)[0]
+    processor = build_image_processor(recipe)
+    model.config.window_size, model.config.window_stride = (
+        recipe.evaluation.window_size,
+        recipe.evaluation.window_stride,
+    )
+    train = spaced(build_samples(recipe, session.splits, recipe.data.train_split), stage.images)
+    validation = build_samples(recipe, session.splits, recipe.data.validation_split)
+    validation = spaced(validation, session.plan.validation_images)
+    freeze_for(model, recipe)
+    cached = recipe.data.cache_features
+    if cached:
+        print(f"Stage {stage.name}: encoding {len(train)} + {len(validation)} photographs once ...")
+        half = recipe.hardware.precision == "bf16"
+        place = (processor, session.output / WORK / "features")
+        training = FeatureDataset(model, train, *place, recipe.data.crop_size, recipe.optimization.seed, half)
+        evaluated = FeatureDataset(model, validation, *place, autocast=half)
+    else:
+        training = TrainingDataset(train, build_augmentation(recipe), recipe.optimization.seed)
+        evaluated = EvaluationDataset(validation, processor)
+    pace = Pace(
+        session.budget,
+        min(session.budget.spent(), stage.ends_at),
+        stage.ends_at,
+        stage.steps,
+        *((session.plan.test_seconds, session.plan.test_images) if index + 1 == len(session.plan.stages) else ()),
+    )
+    line = ProgressLine(session.budget)
+    session.record(stage.name, {"step": 0, "seconds": session.budget.spent()})
+
+    def report(event: dict) -> None:
+        session.record(stage.name, event)
+        line.show(stage.name, event, pace.seconds_left(event["step"]))
+
+    trainer = PacedTrainer(
+        pace,
+        report,
+        recipe=recipe,
+        loss=build_loss(recipe, train),
+        model=DecoderOnFeatures(model) if cached else model,
+        args=training_arguments(recipe, folder, len(train)),
+        train_dataset=training,
+        eval_dataset=evaluated,
+        processing_class=processor,
+    )
+    discard_unfinished(folder)
+    trainer.train(resume_from_checkpoint=find_checkpoint(folder, resume=True))
+    line.end()
+    trainer.finish()
+    model.eval().save_pretrained(folder / "unfinished_model")
+    processor.save_pretrained(folder / "unfinished_model")
+    (folder / "unfinished_model").rename(done)
+    return model
+
+
+def spaced(samples: SegmentationDataset, at_most: int | None) -> SegmentationDataset:
+    """At most so many samples, evenly spaced over the split; the very same object where these are all."""
+    if at_most is None or at_most >= len(samples):
+        return samples
+    some = SegmentationDataset(
+        samples.dataset.select(spread(len(samples), at_most)),
+        samples.num_labels,
+        samples.image_column,
+        samples.label_column,
+        encoding=samples.encoding,
+        split=samples.split,
+    )
+    some.pixels = samples.pixels  # for the weights of classes, which hold for all
+    return some
+
+
+def _finish(session: Session, model: DepictForSemanticSegmentation, arguments, start_lines: list[str]) -> None:
+    """Save the model, evaluate it on the test split, and write pictures and report."""
+    output, last = session.output, session.plan.stages[-1].recipe
+    processor = build_image_processor(last)
+    processor.size = {"shortest_edge": last.evaluation.final_size or last.data.size}
+    model.config.window_stride = last.evaluation.final_window_stride or last.evaluation.window_stride
+    model.eval().save_pretrained(output)
+    processor.save_pretrained(output)
+    test = build_samples(last, session.splits, last.data.test_split)
+    images = _affordable_test_images(session, len(test))
+    session.record("evaluation", {"step": 0, "seconds": session.budget.spent()})
+    print(f"Evaluating {images} of {len(test)} images of split {last.data.test_split} ...")
+    record, counts = _evaluate(session, test, images, output)
+    record |= {"model": str(output), "dataset": arguments.data, "split": last.data.test_split}
+    write_json(record, output / "evaluation.json")
+    print(render_table(record))
+    train = build_samples(last, session.splits, last.data.train_split)
+    curves = draw_curves(session.history, output / "curves.png")
+    text = render_report(
+        record,
+        train.pixels.tolist(),
+        counts,
+        session.history,
+        start_lines,
+        session.plan.reasons,
+        [(stage.name, stage.recipe) for stage in session.plan.stages],
+        {
+            "data": arguments.data,
+            "output": str(output),
+            "spent_seconds": session.budget.spent(),
+            "curves": curves,
+            "chosen_by_test": test is build_samples(last, session.splits, last.data.validation_split),
+        },
+    )
+    shutil.rmtree(output / WORK)
+    write_whole(text, output / "report.md")
+    print(f"{output} holds the model; {output / 'report.md'} says how good it is and how to go on.")
+    print(f"{clock_time(session.budget.spent())} in all.")
+
+
+def _affordable_test_images(session: Session, count: int) -> int:
+    """How many test images can be evaluated in the time that is left, by the speed of the last evaluation."""
+    speeds = [event["image_seconds"] for event in session.history if event.get("image_seconds")]
+    left = session.budget.left()
+    if math.isinf(left) or not speeds:
+        return count
+    return max(min(count, LEAST_TEST_IMAGES), min(count, int(0.95 * left / speeds[-1])))
+
+
+def _evaluate(session: Session, test: SegmentationDataset, images: int, output: Path) -> tuple[dict, list[int]]:
+    """The record of `evaluate` for what was saved, and pixels of each class; writes `worst.png`."""
+    recipe = session.plan.stages[-1].recipe
+    state = start_processes()
+    model, processor = load_model(output, state.device)
+    worst = WorstImages(8)
+    pixels = torch.zeros(test.num_labels, dtype=torch.long)
+
+    def count(index: int, image: Tensor, labels: Tensor, prediction: Tensor, confusion: Tensor) -> None:
+        nonlocal pixels
+        pixels += confusion[:-1].sum(dim=1).cpu()
+
+    execution = Execution(num_workers=recipe.hardware.num_workers)
+    with autocast(state.device, recipe.hardware.precision):
+        record = evaluate(model, processor, test, Protocol(max_images=images), execution, [worst.add, count])
+    if recipe.hardware.precision == "bf16":
+        record["precision"] = "float32 weights, autocast to bfloat16"
+    save_sheet(worst, test, model.config.id2label, state, output / "worst.png")
+    return record, pixels.tolist()

@@ -1,0 +1,180 @@
+"""The model that training of one's own classes starts from: what a source gives, and what has to be made anew."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import cached_file
+
+from depict_hf import DepictConfig, DepictForSemanticSegmentation
+from depict_hf.configuration_depict import published_decoder_fields
+from depict_hf.loading import load_model, model_source
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model for one's own classes, before it is trained.
+
+    Args:
+        source: What was asked for.
+        model: float32, every weight trainable.
+        kept: Names of weights that were taken from the source.
+        new: Names of weights that are random.
+        image_mean, image_std: Of each channel, for values in 0 to 1, that the encoder was trained with.
+        notes: Sentences on what had to be assumed.
+    """
+
+    source: str
+    model: DepictForSemanticSegmentation
+    kept: tuple[str, ...]
+    new: tuple[str, ...]
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    notes: tuple[str, ...] = ()
+
+    def describe(self) -> list[str]:
+        """Lines on what was kept and what is new."""
+        sizes = {name: value.numel() for name, value in self.model.state_dict().items()}
+        config = self.model.config
+        lines = [
+            f"Start: {self.source}; encoder {_encoder_name(config)}, decoder {config.decoder_type}, "
+            f"{config.num_labels} classes",
+            f"  kept: {_summary(self.kept, sizes)}",
+            f"  new: {_summary(self.new, sizes)}",
+        ]
+        return lines + [f"  {note}" for note in self.notes]
+
+
+def start_from(source: str, class_names: tuple[str, ...], decoder_type: str | None = None) -> Start:
+    """A model for these classes with everything of the source that does not depend on its own classes.
+
+    Args:
+        source: "default", a folder or Hub name of a model of this package, or of a backbone that `AutoBackbone` knows.
+        class_names: In the order of their ids. A model of the very same classes is kept whole.
+        decoder_type: Of the model; a source's own decoder is kept if it is of that type. None is the source's own, or
+            DEPICT's "sa" where the source is a backbone.
+
+    Raises:
+        OSError: If there is no such source.
+        ValueError: If its weights cannot be loaded whole, or it is neither a model of this package nor a backbone.
+    """
+    place = str(model_source(source))
+    try:
+        config = AutoConfig.from_pretrained(place)
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(
+            f"Got --from {source}, which transformers cannot read: {error}. Name a model of this package, or a "
+            "backbone such as facebook/dinov2-small."
+        ) from error
+    labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
+    if isinstance(config, DepictConfig):
+        return _from_model(source, config, labels, decoder_type)
+    return _from_backbone(source, place, config, labels, decoder_type or "sa")
+
+
+def class_dependent(config: DepictConfig) -> set[str]:
+    """Names of the weights whose shapes follow from the number of classes."""
+    shapes = []
+    for extra in (0, 1):
+        names = {"id2label": {index: str(index) for index in range(config.num_labels + extra)}}
+        with torch.device("meta"):
+            model = DepictForSemanticSegmentation(_with(config, names))
+        shapes.append({name: value.shape for name, value in model.state_dict().items()})
+    return {name for name, shape in shapes[0].items() if shapes[1][name] != shape}
+
+
+def _from_model(source: str, config: DepictConfig, labels: dict, decoder_type: str | None) -> Start:
+    old, image_processor = load_model(source)
+    decoder_type = decoder_type or config.decoder_type
+    fields = labels | {"window_size": None, "window_stride": None}
+    same_classes = old.config.id2label == labels["id2label"]
+    if decoder_type != config.decoder_type:
+        # Widths and numbers of layers of one kind of decoder are not meant for another.
+        defaults = DepictConfig()
+        decoder_fields = [name for name in config.to_dict() if name.startswith("decoder_")]
+        fields |= {name: getattr(defaults, name) for name in decoder_fields}
+        fields |= {"decoder_type": decoder_type} | published_decoder_fields(decoder_type, old.encoder.hidden_size)
+    model = DepictForSemanticSegmentation(_with(old.config, fields))
+    dropped = set() if same_classes else class_dependent(config)
+    if decoder_type != config.decoder_type:
+        dropped |= {name for name in old.state_dict() if name.startswith("decoder.")}
+    kept = {name: value for name, value in old.state_dict().items() if name not in dropped}
+    missing, unexpected = model.load_state_dict(kept, strict=False)
+    assert not unexpected, unexpected
+    notes = ()
+    if same_classes and not missing:
+        notes = ("its classes are the very same, so that all of it is trained further",)
+    if source == "default":
+        notes += ("the default model was trained on CamVid, for non-commercial use (CC BY-NC 4.0), as is what follows",)
+    return Start(
+        source,
+        model,
+        tuple(kept),
+        tuple(missing),
+        tuple(image_processor.image_mean),
+        tuple(image_processor.image_std),
+        notes,
+    )
+
+
+def _from_backbone(source: str, place: str, config: PreTrainedConfig, labels: dict, decoder_type: str) -> Start:
+    from .train import load_backbone
+
+    width = getattr(config, "hidden_size", 0)
+    fields = labels | {"decoder_type": decoder_type} | published_decoder_fields(decoder_type, width)
+    try:
+        model = DepictForSemanticSegmentation(DepictConfig(backbone_config=config, **fields))
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(
+            f"Got --from {source}, of the architecture {config.model_type!r}, which cannot be an encoder here: {error}."
+            " Name a model of this package, or a backbone such as facebook/dinov2-small."
+        ) from error
+    load_backbone(model, place)
+    names = tuple(model.state_dict())
+    kept = tuple(name for name in names if name.startswith("encoder."))
+    mean, std, notes = _normalization(place, config.model_type)
+    return Start(source, model, kept, tuple(name for name in names if name not in kept), mean, std, notes)
+
+
+def _normalization(place: str, model_type: str) -> tuple[tuple, tuple, tuple[str, ...]]:
+    """Means and deviations as the backbone's image processor has them, else those usual for its architecture."""
+    path = cached_file(place, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    settings = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if "image_mean" in settings and "image_std" in settings:
+        return tuple(settings["image_mean"]), tuple(settings["image_std"]), ()
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if "dino" in model_type else ((0.5,) * 3, (0.5,) * 3)
+    return mean, std, (f"it has no preprocessor_config.json: colours are normalised as usual for {model_type}",)
+
+
+def _with(config: DepictConfig, fields: dict) -> DepictConfig:
+    """A copy of a configuration with other fields."""
+    values = {name: value for name, value in config.to_dict().items() if name not in ("num_labels", "auto_map")}
+    return DepictConfig.from_dict(values | fields)
+
+
+def _encoder_name(config: DepictConfig) -> str:
+    if config.backbone_config is None:
+        return f"ViT, {config.num_hidden_layers} blocks, width {config.hidden_size}, patch {config.patch_size}"
+    backbone = config.backbone_config
+    return f"{backbone.model_type}, width {backbone.hidden_size}, patch {config.encoder_patch_size}"
+
+
+def _summary(names: tuple[str, ...], sizes: dict[str, int]) -> str:
+    """Numbers of weights by part, and the names of a few tensors."""
+    if not names:
+        return "nothing"
+    parts = []
+    for part in ("encoder", "decoder"):
+        inside = [name for name in names if name.startswith(f"{part}.")]
+        if not inside:
+            continue
+        number = sum(sizes[name] for name in inside)
+        total = sum(size for name, size in sizes.items() if name.startswith(f"{part}."))
+        listed = f" ({', '.join(inside)})" if len(inside) <= 4 else ""
+        parts.append(f"{'all' if number == total else f'{number:,} of'} {total:,} weights of the {part}{listed}")
+    return ", ".join(parts)
