@@ -98,6 +98,7 @@ def _choose_precision(
 ) -> tuple[str, str, float]:
     """Precision, the reason for it, and the seconds that the encoder takes for a square in it."""
     given = [each.partition("=")[2] for each in overrides if each.partition("=")[0].endswith("precision")]
+    given = [] if given == ["auto"] else given
     seconds = {}
     for precision in given or ("float32", "bf16"):
 

@@ -70,15 +70,15 @@ def run(arguments: argparse.Namespace, started: float | None = None) -> int:
         As `main`.
     """
     started = time.monotonic() if started is None else started
-    # Lines reach a log file as they are printed, not when a buffer is full.
-    sys.stdout.reconfigure(line_buffering=True)
     try:
         for name in ("minutes", "epochs", "max_steps"):
             value = getattr(arguments, name)
             if value is not None and not value > 0:
                 raise ValueError(f"Got --{name.replace('_', '-')} {value}, needed more than 0.")
+        from .evaluation import flush_every_line
         from .session import train_own_classes
 
+        flush_every_line()
         train_own_classes(arguments, started)
     except (FloatingPointError, ImportError, OSError, ValueError) as error:
         print(f"depict: {error}", file=sys.stderr)

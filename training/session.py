@@ -39,9 +39,17 @@ from .machine import autocast, data_facts, measure
 from .optimization import Budget, Pace, PacedTrainer, ProgressLine, clock_time, discard_unfinished, find_checkpoint
 from .own_classes import DEFAULT_MINUTES
 from .planning import Plan, Stage, base_recipe, check_overrides, make_plan
-from .recipe import SECTIONS, Recipe
+from .recipe import SECTIONS, Recipe, resolve_precision
 from .starting import Start, start_from
-from .train import build_augmentation, build_image_processor, build_loss, build_samples, freeze_for, training_arguments
+from .train import (
+    build_augmentation,
+    build_image_processor,
+    build_loss,
+    build_samples,
+    freeze_for,
+    set_exactness,
+    training_arguments,
+)
 
 # In OUT: what the run was asked for and planned, what happened when, and all that is deleted at its end.
 RUN, HISTORY, WORK = "run.json", "history.jsonl", "work"
@@ -223,7 +231,8 @@ def _recipe_from_json(values: dict) -> Recipe:
 def _run_stage(session: Session, index: int, model: DepictForSemanticSegmentation) -> DepictForSemanticSegmentation:
     """Train one stage, or load what it ended with; returns the model with its best weights."""
     stage = session.plan.stages[index]
-    recipe, folder = stage.recipe, session.output / WORK / f"{index + 1}-{stage.name}"
+    recipe, folder = resolve_precision(stage.recipe), session.output / WORK / f"{index + 1}-{stage.name}"
+    set_exactness(recipe.hardware.tf32)
     done = folder / "model"
     if (done / "config.json").is_file():
         print(f"Stage {stage.name}: done before.")
@@ -237,6 +246,7 @@ def _run_stage(session: Session, index: int, model: DepictForSemanticSegmentatio
     validation = build_samples(recipe, session.splits, recipe.data.validation_split)
     validation = spaced(validation, session.plan.validation_images)
     freeze_for(model, recipe)
+    model.to(start_processes().device)
     cached = recipe.data.cache_features
     if cached:
         print(f"Stage {stage.name}: encoding {len(train)} + {len(validation)} photographs once ...")
