@@ -19,7 +19,8 @@ from .evaluation import spread, wait_for
 from .optimization import count_encoder_blocks
 from .planning import CROP, DataFacts, MachineFacts, base_recipe, stage_recipes
 from .recipe import Recipe
-from .train import build_augmentation, build_image_processor, freeze_for
+from .recipe_data import build_augmentation, build_image_processor
+from .recipe_model import freeze_for
 
 LOOKED_AT = 16
 # bfloat16 rounds; it must be worth it.

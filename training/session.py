@@ -38,18 +38,12 @@ from .evaluation import (
 from .machine import autocast, data_facts, measure
 from .optimization import Budget, Pace, PacedTrainer, ProgressLine, clock_time, discard_unfinished, find_checkpoint
 from .own_classes import DEFAULT_MINUTES
-from .planning import Plan, Stage, base_recipe, check_overrides, make_plan
+from .planning import TEST_SHARE, Plan, Stage, base_recipe, check_overrides, make_plan
 from .recipe import SECTIONS, Recipe, resolve_precision
+from .recipe_data import build_augmentation, build_image_processor, build_samples
+from .recipe_model import freeze_for
 from .starting import Start, start_from
-from .train import (
-    build_augmentation,
-    build_image_processor,
-    build_loss,
-    build_samples,
-    freeze_for,
-    set_exactness,
-    training_arguments,
-)
+from .train import build_loss, set_exactness, training_arguments
 
 # In OUT: what the run was asked for and planned, what happened when, and all that is deleted at its end.
 RUN, HISTORY, WORK = "run.json", "history.jsonl", "work"
@@ -257,13 +251,11 @@ def _run_stage(session: Session, index: int, model: DepictForSemanticSegmentatio
     else:
         training = TrainingDataset(train, build_augmentation(recipe), recipe.optimization.seed)
         evaluated = EvaluationDataset(validation, processor)
-    pace = Pace(
-        session.budget,
-        min(session.budget.spent(), stage.ends_at),
-        stage.ends_at,
-        stage.steps,
-        *((session.plan.test_seconds, session.plan.test_images) if index + 1 == len(session.plan.stages) else ()),
-    )
+    budget, plan = session.budget, session.plan
+    pace = Pace(budget, min(budget.spent(), stage.ends_at), stage.ends_at, stage.steps)
+    if index + 1 == len(plan.stages) and not math.isinf(budget.seconds):
+        pace.afterwards_seconds, pace.afterwards_at_most = plan.test_seconds, TEST_SHARE * budget.seconds
+        pace.afterwards_images = len(build_samples(recipe, session.splits, recipe.data.test_split))
     line = ProgressLine(session.budget)
     session.record(stage.name, {"step": 0, "seconds": session.budget.spent()})
 

@@ -13,6 +13,8 @@ from depict_hf import DepictConfig, DepictForSemanticSegmentation
 from depict_hf.configuration_depict import published_decoder_fields
 from depict_hf.loading import load_model, model_source
 
+from .recipe_model import load_backbone
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -123,8 +125,6 @@ def _from_model(source: str, config: DepictConfig, labels: dict, decoder_type: s
 
 
 def _from_backbone(source: str, place: str, config: PreTrainedConfig, labels: dict, decoder_type: str) -> Start:
-    from .train import load_backbone
-
     width = getattr(config, "hidden_size", 0)
     fields = labels | {"decoder_type": decoder_type} | published_decoder_fields(decoder_type, width)
     try:

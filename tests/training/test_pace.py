@@ -52,8 +52,9 @@ def test_steps_bound_a_stage_where_there_is_no_time_and_say_how_long_it_takes(cl
     assert pace.seconds_left(10) == 90
 
 
-def test_a_stage_ends_the_sooner_the_slower_evaluations_are_but_not_beyond_half_as_much_again(clock):
-    pace = Pace(Budget(1000, clock=clock), 0, 800, afterwards_seconds=100, afterwards_images=50)
+def test_a_stage_ends_the_sooner_the_slower_evaluations_are_up_to_a_bound(clock):
+    budget = Budget(1000, clock=clock)
+    pace = Pace(budget, 0, 800, afterwards_seconds=100, afterwards_images=50, afterwards_at_most=150)
     assert pace.end() == 800
     pace.image_seconds = 1.0
     assert pace.end() == 850

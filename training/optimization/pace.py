@@ -63,7 +63,8 @@ class Pace:
         steps: Of the stage, where those bound it.
         afterwards_seconds: Set apart after `ends_at` for another evaluation. Once evaluations in the stage show how
             long that will take, the stage ends the sooner or the later.
-        afterwards_images: That the other evaluation will look at.
+        afterwards_images: That the other evaluation should look at.
+        afterwards_at_most: Seconds of the other evaluation; beyond, it looks at fewer images.
     """
 
     budget: Budget
@@ -72,6 +73,7 @@ class Pace:
     steps: int | None = None
     afterwards_seconds: float = 0.0
     afterwards_images: int = 0
+    afterwards_at_most: float = math.inf
     step_seconds: float = field(default=0.0, init=False)
     evaluation_seconds: float = field(default=0.0, init=False)
     image_seconds: float | None = field(default=None, init=False)
@@ -81,8 +83,7 @@ class Pace:
         if self.image_seconds is None or not self.afterwards_images:
             return self.ends_at
         needed = self.afterwards_images * self.image_seconds
-        # Where it will take much longer than planned, fewer images are evaluated instead.
-        return self.ends_at + self.afterwards_seconds - min(needed, 1.5 * self.afterwards_seconds)
+        return self.ends_at + self.afterwards_seconds - min(needed, self.afterwards_at_most)
 
     def over(self, step: int) -> float:
         """From 0 to 1, once `step` optimiser steps have been made; no step begins that would not end in time."""
