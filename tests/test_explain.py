@@ -151,6 +151,25 @@ def test_classes_and_doubts_are_those_of_segment(photo):
     assert unsure["confidence"] == pytest.approx(expected.confidence.double().mean().item())
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "L", "turned"])
+def test_photographs_are_read_as_segment_reads_them(mode, photo, tmp_path):
+    """Fails if transparency, grey or the EXIF orientation is treated in another way."""
+    path = tmp_path / "photo.png"
+    if mode == "turned":
+        exif = PIL.Image.Exif()
+        exif[0x0112] = 6
+        photo.save(path, exif=exif)
+    else:
+        photo.putalpha(photo.convert("L"))
+        photo.convert(mode).save(path)
+    model, processor = small_model(), small_processor()
+    [expected] = segment(model, processor, [path])
+    for given in (path, PIL.Image.open(path)):
+        explanation = explain(model, processor, given)
+        assert torch.equal(explanation.labels, expected)
+        assert (explanation.photo.height, explanation.photo.width) == tuple(expected.shape)
+
+
 def test_pairs_that_are_confused(photo):
     """Counted by brute force over the pixels of the photograph; every pixel counts once, also where windows overlap."""
     explanation = explain(small_model(**WINDOWS), small_processor(), photo)

@@ -283,6 +283,7 @@ def test_what_it_is_unsure_about_is_shown(opened, browser):
     browser.find_element("css selector", "#unsure-body button").click()
     window, row, column = explanation.layout.place(pairs[0]["patch"])
     assert f"row {row + 1}, column {column + 1} of window {window + 1}" in text(browser, "verdict")
+    assert text(browser, "overlay-note").startswith("Outlined is where")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -127,7 +127,8 @@ def explain(
     chosen = None if class_name is None else _class_id(class_name, names)
     if isinstance(photo, PIL.Image.Image):
         name = name or "photograph"
-        photo = PIL.ImageOps.exif_transpose(photo).convert("RGB")
+        pixels = DepictImageProcessor().process_image(PIL.ImageOps.exif_transpose(photo), do_convert_rgb=True)
+        photo = PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy())
     else:
         name = name or Path(photo).name
         photo = load_photo(photo)

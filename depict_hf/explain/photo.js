@@ -151,6 +151,7 @@ const NOTES = {
 };
 function setOverlay(overlay) {
   state.overlay = overlay;
+  state.highlight = [];
   const radio = document.querySelector(`input[name=overlay][value=${overlay}]`);
   radio.disabled = false;
   radio.checked = true;

@@ -178,13 +178,15 @@ function fillUnsure() {
       const [first, second] = pair.classes;
       const pairRow = row("td", [make("span", {}, named(first), " and ", named(second)), cell(percent(pair.share)),
         cell((100 * pair.margin).toFixed(0)), make("button", { type: "button", onclick: () => {
+          setOverlay("none");
           state.highlight = areas.filter((index) => {
             const read = last(index);
             return read.probability - read.secondProbability < unsure.margin &&
               Math.min(read.label, read.second) === first && Math.max(read.label, read.second) === second;
           });
-          setOverlay("none");
           choose(pair.patch);
+          byId("overlay-note").textContent =
+            `Outlined is where the model wavers between ${names[first]} and ${names[second]}.`;
           byId("photograph").scrollIntoView({ block: "nearest" });
         } }, "Show", make("span", { class: "hidden" }, ` ${names[first]} and ${names[second]}`))]);
       return pairRow;
