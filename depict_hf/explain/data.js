@@ -1,7 +1,11 @@
 "use strict";
 // What the page holds: numbers of all patches, where they lie, and words for them.
 const data = JSON.parse(document.getElementById("data").textContent);
-const numbers = data.numbers, names = numbers.model.class_names, layout = numbers.layout;
+const numbers = data.numbers, layout = numbers.layout;
+// Of synonyms the first one, where that says which class is meant.
+const synonyms = numbers.model.class_names.map((name) => name.split(",")[0].trim());
+const names = numbers.model.class_names.map((name, at) =>
+  synonyms[at] && synonyms.filter((each) => each === synonyms[at]).length === 1 ? synonyms[at] : name);
 const [height, width] = data.size, [gridHeight, gridWidth] = layout.grid;
 const perWindow = gridHeight * gridWidth, windowColumns = layout.starts[1].length;
 const numPatches = layout.windows * perWindow, numStages = numbers.patch.readings.length;
@@ -30,6 +34,7 @@ const draw = (tag, attributes, ...children) => {
   return element;
 };
 const percent = (share) => `${(100 * share).toFixed(share > 0.0995 ? 0 : 1)}\u00a0%`;
+const points = (share) => (100 * share).toFixed(share > 0.0995 ? 0 : 1);
 const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
 const number = (value) => value.toFixed(3).replace("-", "−");
 const rgb = (label) => `rgb(${data.colors[label].join(" ")})`;

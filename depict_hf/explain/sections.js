@@ -4,16 +4,21 @@ function fillHeader() {
   const top = numbers.classes.slice(0, 3).map((each) => `${names[each.id]} (${percent(each.share)})`).join(", ");
   byId("summary").textContent = `It sees mostly ${top}, and is ${percent(numbers.unsure.confidence)} sure on average.`;
   byId("picture").setAttribute("aria-label", `The photograph ${numbers.photo.name}, coloured by class: ${top}`);
-  byId("legend").replaceChildren(...numbers.classes.map((each) => make("li", {}, make("button", {
+  const buttons = numbers.classes.map((each) => make("li", {}, make("button", {
     type: "button", "aria-pressed": "false", "data-label": each.id, onclick: () => {
       state.only = state.only === each.id ? null : each.id;
-      for (const button of byId("legend").querySelectorAll("button"))
+      for (const button of byId("photograph").querySelectorAll("[data-label]"))
         button.setAttribute("aria-pressed", String(Number(button.dataset.label) === state.only));
       if (state.only !== null && data.shown_classes.includes(each.id)) chooseClass(each.id);
       if (state.overlay === "map" || state.overlay === "none") setOverlay("classes");
       paintVeil();
       paint();
-    } }, swatch(each.id), `${names[each.id]} ${percent(each.share)}`))));
+    } }, swatch(each.id), `${names[each.id]} ${percent(each.share)}`)));
+  const most = 16;
+  byId("legend").replaceChildren(make("ul", {}, ...buttons.slice(0, most)));
+  if (buttons.length > most)
+    byId("legend").append(make("details", {}, make("summary", {}, `${buttons.length - most} smaller ones`),
+      make("ul", {}, ...buttons.slice(most))));
 }
 function bar(value, most) {
   const fill = make("i");
@@ -33,7 +38,7 @@ function explainPatch() {
   const index = state.patch, read = last(index), [x, y] = center(index), onMask = labelAt(x, y);
   byId("verdict").replaceChildren(`The patch in ${placeText(index)} was read as `, make("strong", {}, named(read.label)),
     ` (${percent(read.probability)}). It was nearly `, make("strong", {}, named(read.second)),
-    ` (${percent(read.secondProbability)}), which is ${(100 * (read.probability - read.secondProbability)).toFixed(0)} ` +
+    ` (${percent(read.secondProbability)}), which is ${points(read.probability - read.secondProbability)} ` +
     "percentage points behind.");
   byId("pixel-note").textContent = onMask === read.label ? "" :
     `The mask says ${names[onMask]} in the middle of this patch: masks are blended between neighbouring patches` +
@@ -95,8 +100,8 @@ function explainContributions(index, read) {
   const what = quantity === "cosine" ? "how well the patch fits a class, as a cosine from −1 to 1" : "a class’s score";
   byId("contributions").replaceChildren(
     make("p", {}, `The bars split ${what}, into what the encoder and each layer and head add to it. Blue speaks for, ` +
-      "orange against; together they are exactly the sum in the last row. The other token and the normalisation are " +
-      "held fixed, so a bar is not what would be lost without that part."),
+      "orange against; together they are exactly the sum in the last row. " + (quantity === "score" ? ""
+        : "The class’s token and the normalisation are held fixed, so a bar is not what would be lost without that part.")),
     make("div", { class: "choice" }, button(false, `Why ${names[read.label]}?`),
       button(true, `Why ${names[read.label]} rather than ${names[read.second]}?`)),
     table(["Part", make("th", { scope: "col", class: "number" }, "adds"), ""], rows,
@@ -147,7 +152,8 @@ function explainClass() {
     context.restore();
   }
   canvas.id = "class-picture";
-  const body = [make("p", {}, "A class is found by comparing its token, a list of numbers, with every patch. ",
+  const body = [make("p", {}, numbers.missing.class_tokens ? "A class is found by weighing the numbers of every patch with its own weights. "
+    : "A class is found by comparing its token, a list of numbers, with every patch. ",
     found ? `${names[label]} covers ${percent(found.share)} of the photograph, with ${percent(found.confidence)} ` +
       "probability on average." : `No pixel of the photograph became ${names[label]}.`),
   make("p", {}, make("label", { for: "class-choice" }, "Class: "), select),
@@ -166,10 +172,10 @@ function explainClass() {
   markPressed();
 }
 function fillUnsure() {
-  const unsure = numbers.unsure, points = (100 * unsure.margin).toFixed(0);
+  const unsure = numbers.unsure;
   const calibrated = numbers.model.temperature !== 1;
   const body = [make("p", {}, `For ${percent(unsure.share)} of the photograph the first two classes lie less than ` +
-    `${points} percentage points apart. ${calibrated ? "Probabilities were adjusted on labelled photographs (temperature " +
+    `${points(unsure.margin)} percentage points apart. ${calibrated ? "Probabilities were adjusted on labelled photographs (temperature " +
     `${numbers.model.temperature.toFixed(2)}).` : "Probabilities are the model’s own word: nothing has been adjusted to how often it is right."}`)];
   if (unsure.pairs.length) {
     const areas = ownedPatches();
@@ -177,7 +183,7 @@ function fillUnsure() {
       make("th", { scope: "col", class: "number" }, "points apart"), ""], unsure.pairs.map((pair) => {
       const [first, second] = pair.classes;
       const pairRow = row("td", [make("span", {}, named(first), " and ", named(second)), cell(percent(pair.share)),
-        cell((100 * pair.margin).toFixed(0)), make("button", { type: "button", onclick: () => {
+        cell(points(pair.margin)), make("button", { type: "button", onclick: () => {
           setOverlay("none");
           state.highlight = areas.filter((index) => {
             const read = last(index);
