@@ -1,6 +1,7 @@
 """Every architectural choice of DEPICT and of its black-box counterpart, Segmenter, in one configuration."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -150,7 +151,7 @@ class DepictConfig(PreTrainedConfig):
         if name not in ENCODER_PRESETS:
             raise ValueError(f"Unknown encoder preset {name!r}; choose one of {', '.join(ENCODER_PRESETS)}.")
         patch_size, hidden_size, num_layers, num_heads, distilled = ENCODER_PRESETS[name]
-        fields = {
+        fields: dict[str, Any] = {
             "patch_size": patch_size,
             "hidden_size": hidden_size,
             "num_hidden_layers": num_layers,
@@ -170,12 +171,13 @@ class DepictConfig(PreTrainedConfig):
         """
         if self.backbone_config is None:
             return self.patch_size
-        size = getattr(self.backbone_config, "patch_size", None)
+        backbone_config: Any = self.backbone_config  # no dict any more, since `__post_init__`
+        size = getattr(backbone_config, "patch_size", None)
         if isinstance(size, (list, tuple)) and len(set(size)) == 1:
             size = size[0]
         if not isinstance(size, int):
             raise ValueError(
-                f"The backbone {self.backbone_config.model_type!r} has patch_size={size!r}; DEPICT needs one feature "
+                f"The backbone {backbone_config.model_type!r} has patch_size={size!r}; DEPICT needs one feature "
                 "map of square patches, as of DINOv2, DINOv3 or BEiT. Choose such a backbone."
             )
         return size

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -250,8 +251,11 @@ def _label_fields(num_labels: int, dataset: str | None, names: Sequence[str] | s
 
 def _reading(
     settings: dict, dataset: str | None, protocol: str, im_size: int | None
-) -> tuple[dict[str, dict[str, int] | int | None], str, str | None]:
-    """`size`, `window_size` and `window_stride`, where they are from, and a warning where that is no published source.
+) -> tuple[dict[str, Any], str, str | None]:
+    """Return how the converted model reads photographs.
+
+    Returns:
+        `size`, `window_size` and `window_stride`, where they are from, and a warning where that is no published source.
 
     Raises:
         ValueError: If the variant lacks a number that is needed.

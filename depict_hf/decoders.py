@@ -289,7 +289,10 @@ class LinearDecoder(nn.Module):
         return to_grid(self.classifier(patches), grid_size)
 
 
-DECODERS = {
+LayeredDecoder = SelfAttentionDecoder | CrossAttentionDecoder | ContractBroadcastDecoder | MaskTransformerDecoder
+Decoder = LayeredDecoder | LinearDecoder
+
+DECODERS: dict[str, type[Decoder]] = {
     "sa": SelfAttentionDecoder,
     "ca": CrossAttentionDecoder,
     "cbsa": ContractBroadcastDecoder,

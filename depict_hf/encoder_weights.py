@@ -5,6 +5,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .modeling_depict import DepictForSemanticSegmentation
-from .vit import ViTEmbeddings, resize_positions
+from .vit import ViTEmbeddings, ViTEncoder, resize_positions
 
 # Parameter names of timm's VisionTransformer, which the published code took over, and ours; each row is a full match;
 # None drops the parameter (ImageNet classifiers).
@@ -67,11 +68,11 @@ def load_encoder(model: DepictForSemanticSegmentation, state_dict: Mapping[str, 
         renamed = _join_qkv(rename_by(stripped, _TRANSFORMERS_NAMES, "transformers' ViT and DeiT"))
     else:
         renamed = rename_by(state_dict, TIMM_NAMES, "timm's vision transformers")
-    embeddings = model.encoder.embeddings
+    encoder = cast(ViTEncoder, model.encoder)
     name = "embeddings.position_embeddings"
     if name in renamed:
-        renamed[name] = _fit_positions(renamed[name], embeddings)
-    load_exactly(model.encoder, renamed)
+        renamed[name] = _fit_positions(renamed[name], encoder.embeddings)
+    load_exactly(encoder, renamed)
 
 
 def read_weights(source: str | Path) -> dict[str, Tensor]:
@@ -108,7 +109,7 @@ def _fit_positions(positions: Tensor, embeddings: ViTEmbeddings) -> Tensor:
     return resize_positions(positions, (side, side), embeddings.grid_size)
 
 
-def load_data(path: str | Path) -> object:
+def load_data(path: str | Path) -> Any:
     """What a pickle of tensors, plain values and numpy's scalars holds, on the CPU; no code in it is run.
 
     Raises:
@@ -118,7 +119,7 @@ def load_data(path: str | Path) -> object:
     # the release that wrote them.
     scalar = np.float64(0).__reduce__()[0]
     numbers = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    kinds = [np.dtype, *{type(np.dtype(kind)) for kind in ("?", "i4", "i8", "u1", "f2", "f4", "f8")}]
+    kinds: list[Any] = [np.dtype, *{type(np.dtype(kind)) for kind in ("?", "i4", "i8", "u1", "f2", "f4", "f8")}]
     try:
         with torch.serialization.safe_globals([*numbers, *kinds]):
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,5 +1,7 @@
 """Images to tensors, segmentation maps to labels, logits to label maps."""
 
+from typing import Any
+
 import numpy as np
 import PIL.Image
 import torch
@@ -13,14 +15,15 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 from .configuration_depict import IGNORE_LABEL
-from .resampling import resize_bilinear
+from .resampling import resize_bilinear, size_of
 from .windows import CoarseScores, label_map
 
 SIZE_KEYS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
 MAP_MODES = ("1", "L", "P", "I", "F", "LA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-class DepictImageProcessorKwargs(ImagesKwargs, total=False):
+# The checker does not read transformers, so that it does not see that the base is a `TypedDict`, which takes `total`.
+class DepictImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Keyword arguments of `DepictImageProcessor` beyond those of every image processor.
 
     Attributes:
@@ -119,13 +122,13 @@ class DepictImageProcessor(TorchvisionBackend):
         uint8 is resized as float32, a channel at a time to save memory, and rounded: torchvision's own uint8 kernels
         round differently. Lanczos, which torchvision knows only with antialiasing, always has it.
         """
-        height, width = self.resize_size(*image.shape[-2:], size)
-        if (height, width) == tuple(image.shape[-2:]):
+        height, width = self.resize_size(*size_of(image), size)
+        if (height, width) == size_of(image):
             return image
         antialias = antialias or resample == PILImageResampling.LANCZOS
         resize, size = super().resize, SizeDict(height=height, width=width)
-        resized = [resize(channel.float(), size, resample, antialias) for channel in image.split(1, dim=-3)]
-        resized = torch.cat(resized, dim=-3)
+        channels = [resize(channel.float(), size, resample, antialias) for channel in image.split(1, dim=-3)]
+        resized = torch.cat(channels, dim=-3)
         return resized.round().clamp(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else resized
 
     def process_image(
@@ -179,7 +182,8 @@ class DepictImageProcessor(TorchvisionBackend):
                 )
         results = []
         for index, scores in enumerate(logits):
-            size = scores.shape[-2:] if target_sizes is None else tuple(int(side) for side in target_sizes[index])
+            height, width = size_of(scores) if target_sizes is None else target_sizes[index]
+            size = (int(height), int(width))
             if return_segmentation_scores:
                 scores = scores if target_sizes is None else resize_bilinear(scores[None].float(), size)[0]
                 data = {"segmentation": scores.argmax(dim=0), "segmentation_scores": scores}
@@ -228,9 +232,9 @@ class DepictImageProcessor(TorchvisionBackend):
     ) -> BatchFeature:
         reading = {name: kwargs.pop(name, None) for name in ("do_convert_rgb", "input_data_format", "device")}
         images = self._prepare_image_like_inputs(images, **reading)
-        data = {"pixel_values": self._preprocess(images, **kwargs)}
+        data: dict[str, Any] = {"pixel_values": self._preprocess(images, **kwargs)}
         if segmentation_maps is not None:
-            labels = _label_maps(segmentation_maps, [tuple(image.shape[-2:]) for image in images])
+            labels = _label_maps(segmentation_maps, [size_of(image) for image in images])
             if do_reduce_labels:
                 labels = [torch.where((ids == 0) | (ids == IGNORE_LABEL), IGNORE_LABEL, ids - 1) for ids in labels]
             data["labels"] = [  # `F.interpolate` takes no integers; float32 holds ids up to 2**24 exactly.

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import PIL.Image
@@ -14,8 +14,10 @@ import PIL.ImageOps
 import torch
 from torch import Tensor
 
+from .configuration_depict import DepictConfig
 from .image_processing_depict import DepictImageProcessor
-from .modeling_depict import DepictForSemanticSegmentation
+from .modeling_depict import DepictSemanticSegmenterOutput
+from .resampling import size_of
 from .windows import CoarseScores, Segmentation, enlarge_to_window, label_views, pad_to_multiple, window_corners
 
 Photo = PIL.Image.Image | np.ndarray | str | Path
@@ -31,8 +33,26 @@ MAX_WAITING_PIXELS = 2**27
 UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)
 
 
+class SegmentationModel(Protocol):
+    """What `segment` needs of a model: a `DepictForSemanticSegmentation` or an exported one (`onnx_backend`).
+
+    Attributes:
+        config: Window size and stride, temperature, and the side of a patch.
+        training: Whether it is in training mode, in which it is refused.
+        device: Where it takes images.
+    """
+
+    config: DepictConfig
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, pixel_values: Tensor, /) -> DepictSemanticSegmenterOutput: ...
+
+
 def segment(
-    model: DepictForSemanticSegmentation,
+    model: SegmentationModel,
     image_processor: DepictImageProcessor,
     images: Iterable[Photo],
     scales: Sequence[float] = (1.0,),
@@ -70,11 +90,13 @@ def segment(
     Source:
         `inference`, segm/model/utils.py in rstrudel/segmenter@20d1bfa.
     """
-    return list(segment_stream(model, image_processor, images, scales, flip, max_batch_pixels, return_confidence))
+    stream = segment_stream(model, image_processor, images, scales, flip, max_batch_pixels, return_confidence)
+    results: list[Any] = list(stream)
+    return results
 
 
 def segment_stream(
-    model: DepictForSemanticSegmentation,
+    model: SegmentationModel,
     image_processor: DepictImageProcessor,
     images: Iterable[Photo],
     scales: Sequence[float] = (1.0,),
@@ -139,7 +161,7 @@ class SegmentedFile:
 
 
 def segment_files(
-    model: DepictForSemanticSegmentation,
+    model: SegmentationModel,
     image_processor: DepictImageProcessor,
     paths: Iterable[str | Path],
     finish: Callable[[Path, PIL.Image.Image, Any], Any],
@@ -262,14 +284,16 @@ class _Job:
 @torch.inference_mode()
 def _label(views: list[CoarseScores], return_confidence: bool, temperature: float) -> Tensor | Segmentation:
     """What `segment` returns for one photograph."""
-    labels, *certainty = label_views(views, return_confidence, temperature)
+    labels, confidence, margin = label_views(views, return_confidence, temperature)
     labels = labels.cpu().long()
-    return Segmentation(labels, *(each.cpu() for each in certainty)) if return_confidence else labels
+    if confidence is None or margin is None:
+        return labels
+    return Segmentation(labels, confidence.cpu(), margin.cpu())
 
 
 @torch.inference_mode()
 def _stream(
-    model: DepictForSemanticSegmentation,
+    model: SegmentationModel,
     image_processor: DepictImageProcessor,
     images: Iterable[Photo],
     scales: tuple[float, ...],
@@ -284,7 +308,7 @@ def _stream(
     for photo in images:
         image = _as_tensor(photo, image_processor)
         del photo
-        jobs.append(_Job(tuple(image.shape[-2:])))
+        jobs.append(_Job(size_of(image)))
         for window, view in _windows(model, image_processor, image, scales, flip, jobs[-1]):
             window_pixels = window.shape[-2] * window.shape[-1]
             if queue and pixels + window_pixels > max_batch_pixels:
@@ -308,7 +332,7 @@ def _complete(job: _Job) -> bool:
     return all(len(view.logits) == len(view.corners) for view in job.views)
 
 
-def _run(model: DepictForSemanticSegmentation, queue: list[tuple[Tensor, _View]]) -> None:
+def _run(model: SegmentationModel, queue: list[tuple[Tensor, _View]]) -> None:
     """Run the queued windows, those of one size together, and hand the logits to their views."""
     for size in dict.fromkeys(window.shape for window, _ in queue):
         entries = [entry for entry in queue if entry[0].shape == size]
@@ -319,7 +343,7 @@ def _run(model: DepictForSemanticSegmentation, queue: list[tuple[Tensor, _View]]
 
 
 def _windows(
-    model: DepictForSemanticSegmentation,
+    model: SegmentationModel,
     image_processor: DepictImageProcessor,
     image: Tensor,
     scales: tuple[float, ...],
@@ -329,11 +353,11 @@ def _windows(
     """Windows `(channels, height, width)` of a photograph at every scale, each with its view, which the job gets."""
     window_size = model.config.window_size
     for scale in scales:
-        size = {name: int(side * scale) for name, side in dict(image_processor.size).items() if side is not None}
-        pixel_values = image_processor(image, size=size, return_tensors="pt")["pixel_values"].to(model.device)
+        edges = {name: int(side * scale) for name, side in dict(image_processor.size).items() if side is not None}
+        pixel_values = image_processor(image, size=edges, return_tensors="pt")["pixel_values"].to(model.device)
         if window_size is not None:
             pixel_values = enlarge_to_window(pixel_values, window_size)
-        size = tuple(pixel_values.shape[-2:])
+        size = size_of(pixel_values)
         for mirrored in (False, True) if flip else (False,):
             pixels = pixel_values.flip(-1) if mirrored else pixel_values
             if window_size is not None:
@@ -343,7 +367,7 @@ def _windows(
                 # Else the model would pad, and return logits at the padded size; graphs of one size pad by themselves.
                 if getattr(model, "input_size", None) is None:
                     pixels = pad_to_multiple(pixels, model.config.encoder_patch_size)
-                window = tuple(pixels.shape[-2:])
+                window = size_of(pixels)
                 corners = [(0, 0)]
             view = _View(corners, window, size, mirrored)
             job.views.append(view)

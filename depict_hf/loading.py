@@ -1,7 +1,7 @@
 """Models as commands load them: every weight from the files, in evaluation mode, by PyTorch or ONNX Runtime."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -12,6 +12,7 @@ from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import DepictForSemanticSegmentation
 
 if TYPE_CHECKING:
+    from .inference import SegmentationModel
     from .onnx_backend import OnnxModel
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
@@ -58,12 +59,32 @@ def fastest_device(index: int = 0) -> str:
     Args:
         index: Of this process on its machine; where there are several accelerators, processes take turns.
     """
-    if not torch.accelerator.is_available():
-        return "cpu"
-    kind = torch.accelerator.current_accelerator().type
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kind = "cpu" if accelerator is None else accelerator.type
     if kind not in ("cuda", "mps", "xpu"):
         return "cpu"
     return "mps" if kind == "mps" else f"{kind}:{index % torch.accelerator.device_count()}"
+
+
+@overload
+def load_model(
+    name: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+    backend: Literal["pytorch"] = "pytorch",
+) -> tuple[DepictForSemanticSegmentation, DepictImageProcessor]: ...
+
+
+@overload
+def load_model(
+    name: str | Path, device: torch.device | str = "cpu", dtype: str = "float32", *, backend: str
+) -> tuple["DepictForSemanticSegmentation | OnnxModel", DepictImageProcessor]: ...
+
+
+@overload
+def load_model(
+    name: str | Path, device: torch.device | str, dtype: str, backend: str
+) -> tuple["DepictForSemanticSegmentation | OnnxModel", DepictImageProcessor]: ...
 
 
 def load_model(
@@ -94,6 +115,7 @@ def load_model(
     # Missing files, wrong settings, damaged weights, weights of other shapes or no such device (AssertionError where
     # torch was built without it).
     try:
+        model: DepictForSemanticSegmentation
         model, loading = DepictForSemanticSegmentation.from_pretrained(
             name, dtype=native_dtype(device) if dtype == "auto" else DTYPES[dtype], output_loading_info=True
         )
@@ -134,7 +156,7 @@ def _older_capabilities() -> dict[str, bool]:
 
 
 def override_protocol(
-    model: "DepictForSemanticSegmentation | OnnxModel",
+    model: "SegmentationModel",
     image_processor: DepictImageProcessor,
     size: int | None = None,
     window_size: int | Literal["none"] | None = None,
@@ -153,7 +175,7 @@ def override_protocol(
     """
     numbers = {"size": size, "window_size": window_size, "window_stride": window_stride}
     for name, value in numbers.items():
-        if value not in (None, "none") and value < 1:
+        if value is not None and value != "none" and value < 1:
             raise ValueError(f"Got {name}={value}, needed at least 1 pixel.")
     config = model.config
     window, stride = config.window_size, config.window_stride
@@ -170,10 +192,11 @@ def override_protocol(
                 "lower the stride or enlarge the window."
             )
         stride = window_stride
-    if getattr(model, "input_size", None) is not None and window != config.window_size:
+    input_size = getattr(model, "input_size", None)
+    if input_size is not None and window != config.window_size:
         raise ValueError(
-            f"Got window_size={window_size}, but the exported file takes {model.input_size[0]} x "
-            f"{model.input_size[1]} pixels; export the model with other windows."
+            f"Got window_size={window_size}, but the exported file takes {input_size[0]} x {input_size[1]} pixels; "
+            "export the model with other windows."
         )
     config.window_size, config.window_stride = window, stride
     if size is not None:

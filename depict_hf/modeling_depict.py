@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 
 from .configuration_depict import DepictConfig
 from .decoders import DECODERS, ContractBroadcastAttention, MaskTransformerDecoder, SubspaceAttention
-from .resampling import product_dtype, resize_bilinear, upsampling_bands, without_autocast
+from .resampling import product_dtype, resize_bilinear, size_of, upsampling_bands, without_autocast
 from .vit import LayerRecord, ViTEmbeddings, ViTEncoder
 from .windows import cut_windows, enlarge_to_window, merge_windows, pad_to_multiple, window_corners
 
@@ -87,7 +87,8 @@ class BackboneEncoder(nn.Module):
             if record.keep_attentions:
                 self.backbone.set_attn_implementation(implementation)
         feature_map = output.feature_maps[-1]
-        grid_size = tuple(side // self.patch_size for side in pixel_values.shape[-2:])
+        height, width = size_of(pixel_values)
+        grid_size = (height // self.patch_size, width // self.patch_size)
         if feature_map.ndim != 4 or tuple(feature_map.shape[-2:]) != grid_size:
             raise ValueError(
                 f"The backbone {self.backbone.config.model_type!r} returned a feature map of shape "
@@ -242,7 +243,7 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
         patches, grid_size = self.encoder(padded, encoder_record)
         logits = self.decoder(patches, grid_size, decoder_record)
         if padded.shape != pixel_values.shape:
-            logits = merge_windows([logits], [(0, 0)], tuple(pixel_values.shape[-2:]), tuple(padded.shape[-2:]))
+            logits = merge_windows([logits], [(0, 0)], size_of(pixel_values), size_of(padded))
         return logits
 
     def _needs_windows(self, pixel_values: Tensor) -> bool:
@@ -252,10 +253,11 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
     def _windowed_logits(self, pixel_values: Tensor) -> Tensor:
         """Merged logits of all windows, at the input's size."""
         window_size = self.config.window_size
+        assert window_size is not None  # or `_needs_windows` is false
         window_stride = self.config.window_stride or window_size
-        batch_size, size = pixel_values.shape[0], tuple(pixel_values.shape[-2:])
+        batch_size, size = pixel_values.shape[0], size_of(pixel_values)
         enlarged = enlarge_to_window(pixel_values, window_size)
-        enlarged_size = tuple(enlarged.shape[-2:])
+        enlarged_size = size_of(enlarged)
         corners = window_corners(enlarged_size, window_size, window_stride)
         windows = cut_windows(enlarged, corners, window_size)
         logits = torch.cat(
@@ -303,7 +305,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tens
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if torch.compiler.is_compiling():
         # The number of bands would bind a compiled graph to one size.
-        logits = resize_bilinear(logits, labels.shape[-2:])
+        logits = resize_bilinear(logits, size_of(labels))
         total = F.cross_entropy(logits, labels.long(), ignore_index=ignore_index, reduction="sum")
     else:
         wide = resize_bilinear(logits, (logits.shape[-2], labels.shape[-1]))
@@ -338,10 +340,10 @@ class _CrossEntropyByBands(torch.autograd.Function):
                 kept = targets != ignore_index
                 targets = torch.where(kept, targets, 0).long()
                 total -= (scores.gather(2, targets) * kept).sum()
-                if needs_gradient:
+                if gradient is not None:
                     scores = scores.exp_().scatter_add_(2, targets, scores.new_full((), -1).expand(targets.shape))
                     gradient[used] += torch.tensordot(operator.T, scores.mul_(kept).to(dtype), dims=1)
-        if needs_gradient:
+        if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import yaml
 from torch import Tensor
@@ -66,7 +67,8 @@ class _VariantLoader(yaml.SafeLoader):
 
 
 _VariantLoader.add_constructor(
-    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
+    "tag:yaml.org,2002:python/tuple",
+    lambda loader, node: tuple(loader.construct_sequence(cast(yaml.SequenceNode, node), deep=True)),
 )
 
 
@@ -170,5 +172,6 @@ def _count_layers(state_dict: dict[str, Tensor], prefix: str) -> int:
 
 
 def count_classes(state_dict: dict[str, Tensor]) -> int:
-    """Classes of a published model, from its last layer."""
-    return state_dict.get("decoder.head.bias", state_dict.get("decoder.mask_norm.bias")).shape[0]
+    """Return the number of classes of a published model, from its last layer."""
+    names = ("decoder.head.bias", "decoder.mask_norm.bias")
+    return next(state_dict[name] for name in names if name in state_dict).shape[0]

@@ -11,6 +11,7 @@ import threading
 import warnings
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from typing import Any
 
 PACKAGE = __name__.rpartition(".")[0]
 
@@ -34,7 +35,7 @@ class RegisterAfterImport(MetaPathFinder):
     import ends, but do when the module's own does.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         # Modules of ours that are being executed, and "" while the classes are being registered.
         self.running: set[str] = set()
@@ -57,7 +58,8 @@ class RegisterAfterImport(MetaPathFinder):
 
     def _report(self, spec: ModuleSpec) -> None:
         """Wrap `exec_module` of this one loader, which belongs to this one specification."""
-        loader, execute = spec.loader, spec.loader.exec_module
+        loader: Any = spec.loader  # whose method is replaced, which no annotation allows
+        execute = loader.exec_module
 
         def exec_module(module) -> None:
             del loader.exec_module  # what is left is the loader as it was

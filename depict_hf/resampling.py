@@ -33,6 +33,12 @@ def resize_bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def size_of(images: Tensor) -> tuple[int, int]:
+    """Return (height, width) of `(..., height, width)`."""
+    height, width = images.shape[-2:]
+    return height, width
+
+
 def axis_operator(
     grid_length: int,
     starts: Sequence[int],
@@ -59,12 +65,11 @@ def axis_operator(
     Returns:
         `(target_length, len(starts) * grid_length)`, on the CPU; every row sums to 1.
     """
-    placement = {"dtype": dtype, "device": "cpu"}
-    upsample = _resize_rows(torch.eye(grid_length, **placement), window_length)
+    upsample = _resize_rows(torch.eye(grid_length, dtype=dtype, device="cpu"), window_length)
     if len(starts) == 1:
         return _resize_rows(upsample[:length], target_length)
-    total = torch.zeros(length, len(starts), grid_length, **placement)
-    count = torch.zeros(length, 1, 1, **placement)
+    total = torch.zeros(length, len(starts), grid_length, dtype=dtype, device="cpu")
+    count = torch.zeros(length, 1, 1, dtype=dtype, device="cpu")
     for index, start in enumerate(starts):
         total[start : start + window_length, index] += upsample
         count[start : start + window_length] += 1
@@ -157,8 +162,8 @@ class Axis:
                     used = slice(first, last + 1)
                     bands.append(Band(each, matrix[each, used], used))
                 else:
-                    used = _to_device(torch.tensor(columns, device="cpu"), device)
-                    bands.append(Band(each, matrix[each].index_select(1, used), used))
+                    indices = _to_device(torch.tensor(columns, device="cpu"), device)
+                    bands.append(Band(each, matrix[each].index_select(1, indices), indices))
             return tuple(bands)
 
     def columns(self, rows: slice) -> list[int]:
@@ -167,7 +172,7 @@ class Axis:
         if self.mirrored:
             first, last = self.target_length - 1 - last, self.target_length - 1 - first
         first, last = _neighbours(first, last, self.length, self.target_length)
-        columns = []
+        columns: list[int] = []
         for index, start in enumerate(self.starts):
             end = start + self.window_length
             if start <= last and first < end:
@@ -206,9 +211,11 @@ def upsampling_bands(
     axis = Axis(length, (0,), target_length, target_length, target_length)
     dtype = dtype or like.dtype
     for band in axis.bands(band_height(like.device, row_elements), dtype, like.device):
-        unit = band.matrix is None
-        size = band.rows.stop - band.rows.start
-        yield band.rows, torch.eye(size, dtype=dtype, device=like.device) if unit else band.matrix, band.used
+        assert isinstance(band.used, slice)  # only rows of several windows may lie far apart
+        operator = band.matrix
+        if operator is None:
+            operator = torch.eye(band.rows.stop - band.rows.start, dtype=dtype, device=like.device)
+        yield band.rows, operator, band.used
 
 
 def band_height(device: torch.device, row_elements: int) -> int:

@@ -275,8 +275,9 @@ def _row_maps(row: SheetRow, num_classes: int) -> list[np.ndarray]:
 def _sheet_canvas(blocks: list[tuple[str, list[PIL.Image.Image]]], column_width: int) -> PIL.Image.Image:
     """Pictures in three columns under their headings, each row under its title."""
     gap = max(4, column_width // 40)
-    font = PIL.ImageFont.load_default(max(12, column_width // 22))
-    line_height = round(1.5 * font.size)
+    font_size = max(12, column_width // 22)
+    font = PIL.ImageFont.load_default(font_size)
+    line_height = round(1.5 * font_size)
     height = line_height + sum(line_height + pictures[0].height + gap for _, pictures in blocks)
     canvas = PIL.Image.new("RGB", (3 * column_width + 4 * gap, height), "white")
     draw = PIL.ImageDraw.Draw(canvas)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,20 @@ class LayerRecord:
             self.attentions.append(attentions)
 
 
+class AttentionModule(Protocol):
+    """A module whose heads `attend` computes.
+
+    Attributes:
+        config: Names the implementation of attention.
+        training: Whether dropout applies.
+        is_causal: False, which implementations of transformers look at.
+    """
+
+    config: DepictConfig
+    training: bool
+    is_causal: bool
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -67,12 +82,12 @@ def eager_attention_forward(
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, output_attentions: bool
+    module: AttentionModule, query: Tensor, key: Tensor, value: Tensor, dropout: float, output_attentions: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Multi-head attention by the implementation that the module's configuration names.
 
     Args:
-        module: Carries `config`, `training` and `is_causal = False`.
+        module: The layer that the heads belong to.
         query: `(batch, heads, queries, head_dim)`.
         key: `(batch, heads, keys, head_dim)`.
         value: `(batch, heads, keys, head_dim)`.
@@ -251,8 +266,8 @@ class ViTEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
         patches = self.projection(pixel_values)
         grid_size = (patches.shape[-2], patches.shape[-1])
-        tokens = [self.cls_token] if self.distillation_token is None else [self.cls_token, self.distillation_token]
-        tokens = [token.expand(patches.shape[0], -1, -1) for token in tokens]
+        prefix = [self.cls_token] if self.distillation_token is None else [self.cls_token, self.distillation_token]
+        tokens = [token.expand(patches.shape[0], -1, -1) for token in prefix]
         hidden_states = torch.cat([*tokens, patches.flatten(2).transpose(1, 2)], dim=1)
         positions = resize_positions(self.position_embeddings, self.grid_size, grid_size)
         return self.dropout(hidden_states + positions), grid_size

@@ -294,18 +294,20 @@ def _decide(scores: Iterable[Tensor], return_confidence: bool, temperature: floa
 
 def _decide_together(scores: Iterable[Tensor], return_confidence: bool, temperature: float) -> tuple[Tensor, ...]:
     """As `_decide`, by the average of the probabilities of several views."""
-    total = tempered = None
+    total: Tensor | None = None
+    tempered: Tensor | None = None
     num_views = 0
     for each in scores:
         total = _add(total, each.softmax(dim=-1))
         if return_confidence and temperature != 1:
             tempered = _add(tempered, each.div_(temperature).softmax(dim=-1))
         num_views += 1
+    assert total is not None  # there are several views
     labels = total.argmax(dim=-1)
     if not return_confidence:
         return (labels,)
     index = labels[..., None]
-    probabilities = (total if temperature == 1 else tempered).div_(num_views)
+    probabilities = (total if tempered is None else tempered).div_(num_views)
     confidence = probabilities.gather(-1, index)[..., 0]
     runner_up = probabilities.scatter_(-1, index, 0).amax(dim=-1)
     return labels, confidence, confidence - runner_up

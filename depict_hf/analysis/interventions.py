@@ -9,14 +9,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..decoders import ContractBroadcastAttention, SubspaceAttention
 from ..modeling_depict import DepictForSemanticSegmentation
 from ..vit import ViTLayer
-from .steps import SUBSPACE_DECODERS, check_index, decoder_layers, exact, head_projections, require
-
-SubspaceLayer = SubspaceAttention | ContractBroadcastAttention
+from .steps import (
+    DecoderLayer,
+    SubspaceLayer,
+    check_index,
+    decoder_layers,
+    exact,
+    head_projections,
+    subspace_layers,
+)
 
 
 @torch.no_grad()
@@ -102,6 +108,7 @@ def head_removed(model: DepictForSemanticSegmentation, layer: int, head: int, cr
     module = _layer(model, layer, cross)
     num_heads = module.attention.num_heads if isinstance(module, ViTLayer) else module.num_heads
     check_index("head", head, num_heads, "layer's list of heads")
+    parameter: Tensor
     if isinstance(module, SubspaceAttention):
         # One matrix is query, key, value and output.
         parameter, axis = module.projection, 0
@@ -126,6 +133,7 @@ def layer_removed(model: DepictForSemanticSegmentation, layer: int, cross: bool 
         ValueError: If there is no such layer.
     """
     module = _layer(model, layer, cross)
+    parameters: list[Tensor]
     if isinstance(module, SubspaceAttention):
         parameters = [module.step_size]
     elif isinstance(module, ContractBroadcastAttention):
@@ -173,9 +181,11 @@ def step_size_removed(
 def _steps_changed(
     model: DepictForSemanticSegmentation, layer: int | None, cross: bool, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    everywhere = _subspace_layers(model, "step sizes")
-    layers = everywhere if layer is None else [_layer(model, layer, cross)]
-    parameters = [layer.step_size for layer in layers]
+    layers = _subspace_layers(model, "step sizes")
+    if layer is not None:
+        _layer(model, layer, cross)  # refuses what does not exist
+        layers = [subspace_layers(model, "step sizes", cross)[layer]]
+    parameters: list[Tensor] = [layer.step_size for layer in layers]
     parameters += [layer.representative_step_size for layer in layers if isinstance(layer, ContractBroadcastAttention)]
     with _restored(parameters):
         for parameter in parameters:
@@ -184,8 +194,8 @@ def _steps_changed(
 
 
 @contextmanager
-def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """On exit the parameters have the values, bit for bit, that they had on entry."""
+def _restored(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Give the parameters, on exit, the values that they had on entry, bit for bit."""
     saved = [parameter.detach().clone() for parameter in parameters]
     try:
         yield
@@ -195,24 +205,23 @@ def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def _subspace_layers(model: DepictForSemanticSegmentation, notion: str) -> list[SubspaceLayer]:
-    """All layers of a white-box decoder, cross-attention layers included."""
-    require(model.config.decoder_type, SUBSPACE_DECODERS, notion)
-    layers = list(decoder_layers(model))
-    return layers + list(decoder_layers(model, cross=True)) if model.config.decoder_type == "ca" else layers
+    """Return all layers of a white-box decoder, cross-attention layers included."""
+    layers = subspace_layers(model, notion)
+    return layers + subspace_layers(model, notion, cross=True) if model.config.decoder_type == "ca" else layers
 
 
-def _layer(model: DepictForSemanticSegmentation, layer: int, cross: bool) -> nn.Module:
+def _layer(model: DepictForSemanticSegmentation, layer: int, cross: bool) -> DecoderLayer:
     layers = decoder_layers(model, cross)
     check_index("layer", layer, len(layers), f"{model.config.decoder_type!r} decoder's list of layers")
     return layers[layer]
 
 
-def _matrix(layer: SubspaceLayer) -> nn.Parameter:
-    """The parameter that holds P."""
+def _matrix(layer: SubspaceLayer) -> Tensor:
+    """Return the parameter that holds P."""
     return layer.projection.weight if isinstance(layer, ContractBroadcastAttention) else layer.projection
 
 
-def _matrices(layers: Sequence[SubspaceLayer]) -> list[nn.Parameter]:
+def _matrices(layers: Sequence[SubspaceLayer]) -> list[Tensor]:
     outputs = [layer.output.weight for layer in layers if isinstance(layer, ContractBroadcastAttention)]
     return [_matrix(layer) for layer in layers] + outputs
 
@@ -236,5 +245,5 @@ def _random_orthogonal(count: int, size: int, generator: torch.Generator | None)
     return q * r.diagonal(dim1=1, dim2=2).sign()[:, None]
 
 
-def _set(parameter: nn.Parameter, values: Tensor) -> None:
+def _set(parameter: Tensor, values: Tensor) -> None:
     parameter.detach().copy_(values)

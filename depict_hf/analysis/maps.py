@@ -18,7 +18,7 @@ def attention(
     rows: Tensor | None = None,
     part: str = "decoder",
 ) -> Tensor:
-    """Attention weights of one layer, computed from its recorded input.
+    """Compute the attention weights of one layer from its recorded input.
 
     Args:
         layer: Counted from 0.
@@ -55,7 +55,7 @@ def attention_map(
     label: int | None = None,
     part: str = "decoder",
 ) -> Tensor:
-    """Where one patch or one class token looks, head by head, as maps over the patches.
+    """Show where one patch or one class token looks, head by head, as maps over the patches.
 
     Args:
         layer: Counted from 0.
@@ -86,6 +86,7 @@ def attention_map(
         check_index("column", patch[1], grid_width, "grid's width")
         row = num_prefix + patch[0] * grid_width + patch[1]
     else:
+        assert label is not None  # exactly one of the two is given
         check_index("label", label, recording.num_labels, "model's list of classes")
         if part == "encoder" or (part == "decoder" and recording.decoder_type == "ca"):
             raise ValueError(
@@ -99,7 +100,7 @@ def attention_map(
 
 @torch.no_grad()
 def rollout(model: DepictForSemanticSegmentation, recording: Recording) -> Tensor:
-    """Attention followed through all decoder layers, by attention roll-out: an approximation.
+    """Follow attention through all decoder layers, by attention roll-out: an approximation.
 
     It takes every layer for (W + I) / 2, with W the mean of its heads' weights, rows scaled to sum 1, and multiplies
     the layers. That ignores what the values hold, the step sizes and their signs, and MLPs; `contributions` splits a
@@ -117,12 +118,13 @@ def rollout(model: DepictForSemanticSegmentation, recording: Recording) -> Tenso
         Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
     """
     require(recording.decoder_type, LAYERED_DECODERS, "attention")
-    rolled = None
+    rolled: Tensor | None = None
     for step in steps(model, recording):
         weights = step.weights().mean(1)
         weights = weights / weights.sum(-1, keepdim=True)
         # (W + I) / 2 times what came before.
         rolled = _half_identity(weights) if rolled is None else 0.5 * (weights @ rolled + rolled)
+    assert rolled is not None  # there is a layer
     if recording.decoder_type != "ca":
         return rolled
     num_labels, num_patches = recording.num_labels, recording.num_patches

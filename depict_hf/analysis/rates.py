@@ -11,10 +11,10 @@ from .recording import Recording
 from .steps import (
     SUBSPACE_DECODERS,
     check_recording,
-    decoder_layers,
     exact,
     head_projections,
     layer_norm,
+    subspace_layers,
 )
 
 
@@ -64,7 +64,8 @@ def coding_rate(tokens: Tensor, epsilon: float = 0.5, normalize: bool = False, g
     rates = []
     for each, member in zip(tokens.flatten(0, -3) if tokens.ndim > 2 else tokens[None], groups, strict=True):
         parts = [each[member == group] for group in member.unique()]
-        rates.append(sum(_rate(part, epsilon) * (len(part) / len(each)) for part in parts))
+        weighted = (_rate(part, epsilon) * (len(part) / len(each)) for part in parts)
+        rates.append(sum(weighted, start=tokens.new_zeros(())))
     return torch.stack(rates).reshape(tokens.shape[:-2])
 
 
@@ -95,7 +96,8 @@ def compression(tokens: Tensor, projections: Tensor, epsilon: float = 0.5, norma
     tokens, projections = exact(tokens), exact(projections)
     if normalize:
         tokens = _unit(tokens)
-    return sum(coding_rate(tokens @ projection.T, epsilon) for projection in projections)
+    zero = tokens.new_zeros(())
+    return sum((coding_rate(tokens @ projection.T, epsilon) for projection in projections), start=zero)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +143,9 @@ def rate_curves(
 
     def compressions(stages: tuple[Tensor, ...], cross: bool) -> Tensor:
         pairs = []
-        for layer, before, after in zip(decoder_layers(model, cross), stages[:-1], stages[1:], strict=True):
+        for layer, before, after in zip(
+            subspace_layers(model, "subspaces", cross), stages[:-1], stages[1:], strict=True
+        ):
             pair = torch.stack([before, after], dim=1)
             if as_seen and not cross:
                 pair = layer_norm(pair, layer.norm)

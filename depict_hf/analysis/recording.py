@@ -12,6 +12,7 @@ from torch import Tensor
 from ..image_processing_depict import DepictImageProcessor
 from ..inference import Photo, load_photo
 from ..modeling_depict import DepictForSemanticSegmentation
+from ..resampling import size_of
 from ..vit import LayerRecord
 from ..windows import enlarge_to_window, pad_to_multiple, window_corners
 
@@ -175,7 +176,7 @@ def analyze(
         if size is None:
             raise ValueError(f"Got window={window}, but model.config.window_size is None; omit `window`.")
         pixel_values = enlarge_to_window(pixel_values, size)
-        corners = window_corners(tuple(pixel_values.shape[-2:]), size, model.config.window_stride or size)
+        corners = window_corners(size_of(pixel_values), size, model.config.window_stride or size)
         if not 0 <= window < len(corners):
             raise ValueError(f"Got window={window}, but the photograph has windows 0 to {len(corners) - 1}.")
         origin = corners[window]

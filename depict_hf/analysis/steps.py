@@ -12,23 +12,34 @@ Each class takes one kind of layer and its recorded input, computes in float64, 
 Rows are indices of the tokens that are updated, or None for all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..decoders import ContractBroadcastAttention, SubspaceAttention, pool_adaptively
+from ..decoders import (
+    ContractBroadcastAttention,
+    CrossAttentionDecoder,
+    LayeredDecoder,
+    MaskTransformerDecoder,
+    SubspaceAttention,
+    pool_adaptively,
+)
 from ..modeling_depict import DepictForSemanticSegmentation
 from ..vit import ViTLayer
 from .recording import Recording
+
+SubspaceLayer = SubspaceAttention | ContractBroadcastAttention
+DecoderLayer = SubspaceLayer | ViTLayer
 
 SUBSPACE_DECODERS = ("sa", "ca", "cbsa")
 LAYERED_DECODERS = (*SUBSPACE_DECODERS, "mask_transformer")
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """The tensor in float64; on the CPU where its device (Apple's) does not know that."""
+    """Return the tensor in float64; on the CPU where its device (Apple's) does not know that."""
     return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device).double()
 
 
@@ -45,59 +56,78 @@ def check_index(name: str, index: int, count: int, of: str) -> None:
         raise ValueError(f"Got {name}={index}, but the {of} has {count}; choose 0 to {count - 1}.")
 
 
-def decoder_layers(model: DepictForSemanticSegmentation, cross: bool = False) -> nn.ModuleList:
-    """The decoder's layers, or its cross-attention layers.
+def layered_decoder(model: DepictForSemanticSegmentation) -> LayeredDecoder:
+    """Return the decoder, which has layers.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    require(model.config.decoder_type, LAYERED_DECODERS, "layers")
+    return cast(LayeredDecoder, model.decoder)
+
+
+def decoder_layers(model: DepictForSemanticSegmentation, cross: bool = False) -> list[DecoderLayer]:
+    """Return the decoder's layers, or its cross-attention layers.
 
     Raises:
         ValueError: If it has none.
     """
     if cross:
         require(model.config.decoder_type, ("ca",), "cross-attention layers")
-        return model.decoder.cross_layers
-    require(model.config.decoder_type, LAYERED_DECODERS, "layers")
-    return model.decoder.layers
+        layers = cast(CrossAttentionDecoder, model.decoder).cross_layers
+    else:
+        layers = layered_decoder(model).layers
+    return list(cast(Iterable[DecoderLayer], layers))
+
+
+def subspace_layers(model: DepictForSemanticSegmentation, notion: str, cross: bool = False) -> list[SubspaceLayer]:
+    """Return the layers of a white-box decoder, or its cross-attention layers.
+
+    Raises:
+        ValueError: If the decoder is a black box, which has no `notion`, or has no such layers.
+    """
+    require(model.config.decoder_type, SUBSPACE_DECODERS, notion)
+    return cast(list[SubspaceLayer], decoder_layers(model, cross))
 
 
 def projections(model: DepictForSemanticSegmentation, cross: bool = False) -> list[Tensor]:
-    """P of every layer, `(heads, head_dim, hidden)` each, float64.
+    """Return P of every layer, `(heads, head_dim, hidden)` each, float64.
 
     Args:
-        cross: Of the cross-attention layers of "ca" instead.
+        cross: Whether the cross-attention layers of "ca" are meant instead.
 
     Raises:
         ValueError: If the decoder is a black box, whose heads have no single projection.
     """
-    require(model.config.decoder_type, SUBSPACE_DECODERS, "subspaces")
     # Copies: in float64 they would else change with the weights.
-    return [head_projections(layer).clone() for layer in decoder_layers(model, cross)]
+    return [head_projections(layer).clone() for layer in subspace_layers(model, "subspaces", cross)]
 
 
 @torch.no_grad()
-def head_projections(layer: SubspaceAttention | ContractBroadcastAttention) -> Tensor:
-    """P of one layer, `(heads, head_dim, hidden)`, float64."""
+def head_projections(layer: SubspaceLayer) -> Tensor:
+    """Return P of one layer, `(heads, head_dim, hidden)`, float64."""
     projection = layer.projection
     matrix = projection.weight if isinstance(projection, nn.Linear) else projection
     return exact(matrix.detach()).unflatten(0, (layer.num_heads, -1))
 
 
 def step_sizes(model: DepictForSemanticSegmentation, cross: bool = False) -> Tensor:
-    """s of every layer, `(layers, heads)`, float64; equal over the heads of "sa" and "ca", which share one.
+    """Return s of every layer, `(layers, heads)`, float64; equal over the heads of "sa" and "ca", which share one.
 
     Raises:
         ValueError: If the decoder is a black box.
     """
-    require(model.config.decoder_type, SUBSPACE_DECODERS, "step sizes")
-    layers = decoder_layers(model, cross)
+    layers = subspace_layers(model, "step sizes", cross)
     return torch.stack([exact(layer.step_size.detach()).flatten().expand(layer.num_heads) for layer in layers])
 
 
 def layer_norm(tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """The LayerNorm in float64."""
+    """Apply the LayerNorm in float64."""
     return F.layer_norm(exact(tokens), norm.normalized_shape, exact(norm.weight), exact(norm.bias), norm.eps)
 
 
 def _rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """The tokens' axis, the last but one, cut down to rows."""
+    """Cut the tokens' axis, the last but one, down to rows."""
     return tensor if rows is None else tensor.index_select(-2, rows.to(tensor.device))
 
 
@@ -203,7 +233,7 @@ class OrdinaryStep:
 def step_at(
     model: DepictForSemanticSegmentation, recording: Recording, layer: int, cross: bool = False
 ) -> SubspaceStep | BroadcastStep | OrdinaryStep:
-    """One decoder layer with its recorded input.
+    """Take one decoder layer apart, with its recorded input.
 
     Raises:
         ValueError: If the decoder has no such layer, or is not of the record's type.
@@ -212,28 +242,27 @@ def step_at(
     layers = decoder_layers(model, cross)
     check_index("layer", layer, len(layers), f"{recording.decoder_type!r} decoder's list of layers")
     module = layers[layer]
-    if cross:
-        patches = layer_norm(recording.decoder_tokens[-1], model.decoder.norm)
-        return SubspaceStep(module, patches, recording.cross_tokens[layer])
-    tokens = recording.decoder_tokens[layer]
     if isinstance(module, ViTLayer):
-        return OrdinaryStep(module, tokens)
+        return OrdinaryStep(module, recording.decoder_tokens[layer])
     if isinstance(module, ContractBroadcastAttention):
-        return BroadcastStep(module, tokens, recording.grid_size)
-    return SubspaceStep(module, tokens)
+        return BroadcastStep(module, recording.decoder_tokens[layer], recording.grid_size)
+    if cross:
+        patches = layer_norm(recording.decoder_tokens[-1], layered_decoder(model).norm)
+        return SubspaceStep(module, patches, recording.cross_tokens[layer])
+    return SubspaceStep(module, recording.decoder_tokens[layer])
 
 
 def steps(
     model: DepictForSemanticSegmentation, recording: Recording, cross: bool = False
 ) -> Iterator[SubspaceStep | BroadcastStep | OrdinaryStep]:
-    """Every decoder layer with its recorded input, one at a time."""
+    """Take every decoder layer apart, one at a time, with its recorded input."""
     for layer in range(len(decoder_layers(model, cross))):
         yield step_at(model, recording, layer, cross)
 
 
 @torch.no_grad()
 def read_out(model: DepictForSemanticSegmentation, recording: Recording) -> tuple[Tensor, Tensor]:
-    """The vectors whose cosines score patches against classes: tokens after the last LayerNorm and projection.
+    """Return the vectors whose cosines score patches against classes: tokens after the last LayerNorm and projection.
 
     Returns:
         Patch vectors `(batch, patches, width)` and class vectors `(batch, num_labels, width)`, float64.
@@ -243,17 +272,18 @@ def read_out(model: DepictForSemanticSegmentation, recording: Recording) -> tupl
     """
     check_recording(model, recording)
     require(recording.decoder_type, LAYERED_DECODERS, "class tokens")
-    decoder = model.decoder
+    decoder = layered_decoder(model)
     patches = layer_norm(recording.patch_tokens[-1], decoder.norm)
     classes = layer_norm(recording.class_tokens[-1], class_norm(model))
-    if recording.decoder_type == "mask_transformer":
+    if isinstance(decoder, MaskTransformerDecoder):
         patches, classes = patches @ exact(decoder.patch_projection), classes @ exact(decoder.class_projection)
     return patches, classes
 
 
 def class_norm(model: DepictForSemanticSegmentation) -> nn.LayerNorm:
-    """The last LayerNorm of the class tokens."""
-    return model.decoder.class_norm if model.config.decoder_type == "ca" else model.decoder.norm
+    """Return the last LayerNorm of the class tokens."""
+    decoder = layered_decoder(model)
+    return decoder.class_norm if isinstance(decoder, CrossAttentionDecoder) else decoder.norm
 
 
 def check_recording(model: DepictForSemanticSegmentation, recording: Recording) -> None:

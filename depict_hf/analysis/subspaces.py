@@ -150,7 +150,10 @@ def subspace_statistics(
         for _ in range(draws):
             matrix = torch.randn(projection.shape, generator=generator, dtype=torch.float64)
             drawn.append(_statistics((matrix * projection.shape[-1] ** -0.5).to(projection.device)))
-        random = SubspaceStatistics(*(torch.stack(each).mean(0) for each in zip(*drawn, strict=True)))
+        values, ranks, angles, angles_any_scale, shared = (
+            torch.stack(each).mean(0) for each in zip(*drawn, strict=True)
+        )
+        random = SubspaceStatistics(values, ranks, angles, angles_any_scale, shared)
         statistics.append(SubspaceStatistics(*_statistics(projection), random))
     return statistics
 

@@ -10,12 +10,13 @@ summands, and splits without a remainder. Held fixed means: a term is not what t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..decoders import class_logits
+from ..decoders import CrossAttentionDecoder, LinearDecoder, MaskTransformerDecoder, class_logits
 from ..modeling_depict import DepictForSemanticSegmentation
 from .recording import Recording
 from .steps import (
@@ -24,6 +25,7 @@ from .steps import (
     check_recording,
     class_norm,
     exact,
+    layered_decoder,
     read_out,
     require,
     step_at,
@@ -131,13 +133,13 @@ def contributions(
     totals = F.normalize(split, dim=-1) @ held.transpose(1, 2)
 
     direction, scale, norm_bias = _linear_form(model, recording, of_patches, rows, split, held)
-    terms, values = [], []
+    terms, summands = [], []
     for term, value in _summands(model, recording, of_patches, rows, direction):
         terms.append(term)
-        values.append(value * scale)
+        summands.append(value * scale)
     terms.append(Term("norm_bias"))
-    values.append(norm_bias)
-    values = torch.stack(values, dim=1)
+    summands.append(norm_bias)
+    values = torch.stack(summands, dim=1)
     if not of_patches:
         values, totals = values.transpose(-1, -2), totals.transpose(-1, -2)
     return Contributions(tuple(terms), values, totals, "cosine")
@@ -195,18 +197,17 @@ def lens(
         ValueError: If the decoder has no layers.
     """
     check_recording(model, recording)
-    require(recording.decoder_type, LAYERED_DECODERS, "layers")
+    decoder = layered_decoder(model)
     if cross:
         require(recording.decoder_type, ("ca",), "cross-attention layers")
-    decoder = model.decoder
 
     def read(patches: Tensor, classes: Tensor) -> Tensor:
-        if recording.decoder_type == "mask_transformer":
+        if isinstance(decoder, MaskTransformerDecoder):
             patches, classes = patches @ decoder.patch_projection, classes @ decoder.class_projection
         return class_logits(patches, classes, decoder.mask_norm, recording.grid_size)
 
     stages = []
-    if recording.decoder_type == "ca":
+    if isinstance(decoder, CrossAttentionDecoder):
         last = decoder.norm(recording.decoder_tokens[-1])
         if cross:
             for tokens in recording.cross_tokens:
@@ -234,20 +235,22 @@ def _linear_form(
     split: Tensor,
     held: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The cosine as a linear form of the split side's last tokens x: x direction^T * scale + norm_bias.
+    """Write the cosine as a linear form of the split side's last tokens x: x direction^T * scale + norm_bias.
 
     Args:
-        rows: Of the split side.
+        of_patches: Whether the split side is that of the patches.
+        rows: Indices on the split side.
         split: Its vectors, `(batch, rows, width)`.
         held: The other side's vectors, of length 1, `(batch, held, width)`.
 
     Returns:
         direction `(batch, held, width)`, scale `(batch, rows, 1)`, norm_bias `(batch, rows, held)`.
     """
-    norm = model.decoder.norm if of_patches else class_norm(model)
+    decoder = layered_decoder(model)
+    norm = decoder.norm if of_patches else class_norm(model)
     tokens = exact((recording.patch_tokens if of_patches else recording.class_tokens)[-1][:, rows])
-    if recording.decoder_type == "mask_transformer":
-        held = held @ exact(model.decoder.patch_projection if of_patches else model.decoder.class_projection).T
+    if isinstance(decoder, MaskTransformerDecoder):
+        held = held @ exact(decoder.patch_projection if of_patches else decoder.class_projection).T
     direction = held * exact(norm.weight)
     direction = direction - direction.mean(-1, keepdim=True)
     deviation = (tokens.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
@@ -259,15 +262,16 @@ def _linear_form(
 def _summands(
     model: DepictForSemanticSegmentation, recording: Recording, of_patches: bool, rows: Tensor, direction: Tensor
 ) -> Iterator[tuple[Term, Tensor]]:
-    """Each summand of the last tokens along the directions, `(batch, rows, held)`."""
+    """Yield each summand of the last tokens along the directions, `(batch, rows, held)`."""
+    decoder = layered_decoder(model)
 
     def along(tokens: Tensor) -> Tensor:
         return exact(tokens) @ direction.transpose(1, 2)
 
     if not of_patches:
         yield Term("class_tokens"), along(recording.class_tokens[0][:, rows])
-    elif recording.decoder_type == "mask_transformer":
-        projection = model.decoder.input_projection
+    elif isinstance(decoder, MaskTransformerDecoder):
+        projection = decoder.input_projection
         yield Term("encoder"), along(exact(recording.encoder_output[:, rows]) @ exact(projection.weight).T)
         yield Term("input_bias"), along(exact(projection.bias).expand(len(direction), len(rows), -1))
     else:
@@ -283,7 +287,7 @@ def _summands(
 
 
 def _linear(model: DepictForSemanticSegmentation, recording: Recording, rows: Tensor, labels: Tensor) -> Contributions:
-    classifier = model.decoder.classifier
+    classifier = cast(LinearDecoder, model.decoder).classifier
     products = exact(recording.encoder_output[:, rows]) @ exact(classifier.weight)[labels].T
     bias = exact(classifier.bias)[labels].expand_as(products)
     return Contributions(

@@ -153,4 +153,5 @@ def distinct_color(index: int) -> tuple[int, int, int]:
     for bit in range(8):
         for channel in range(3):
             color[channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
-    return tuple(color)
+    red, green, blue = color
+    return red, green, blue
