@@ -169,7 +169,7 @@ def convert_with_report(
     return Conversion(model.eval(), image_processor, report, warning)
 
 
-def published_protocol(dataset: str, crop_size: int, im_size: int | None = None) -> dict[str, dict[str, int] | int]:
+def published_protocol(dataset: str, crop_size: int, im_size: int | None = None) -> dict[str, Any]:
     """How the published figures of a data set were made, in the words of our configuration.
 
     Every recipe of a row of the paper and every converted model take it from here. In multi-scale evaluation both

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 import PIL.Image
@@ -40,6 +40,7 @@ class SegmentationModel(Protocol):
         config: Window size and stride, temperature, and the side of a patch.
         training: Whether it is in training mode, in which it is refused.
         device: Where it takes images.
+        dtype: In which it computes.
     """
 
     config: DepictConfig
@@ -48,7 +49,35 @@ class SegmentationModel(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def __call__(self, pixel_values: Tensor, /) -> DepictSemanticSegmenterOutput: ...
+
+
+@overload
+def segment(
+    model: SegmentationModel,
+    image_processor: DepictImageProcessor,
+    images: Iterable[Photo],
+    scales: Sequence[float] = ...,
+    flip: bool = ...,
+    max_batch_pixels: int = ...,
+    return_confidence: Literal[False] = False,
+) -> list[Tensor]: ...
+
+
+@overload
+def segment(
+    model: SegmentationModel,
+    image_processor: DepictImageProcessor,
+    images: Iterable[Photo],
+    scales: Sequence[float] = ...,
+    flip: bool = ...,
+    max_batch_pixels: int = ...,
+    *,
+    return_confidence: bool,
+) -> list[Tensor] | list[Segmentation]: ...
 
 
 def segment(
@@ -111,11 +140,12 @@ def segment_stream(
     views = score_stream(model, image_processor, images, scales, flip, max_batch_pixels)
     temperature = getattr(model.config, "temperature", 1.0)
     # `map` holds no photograph's scores while the next ones are computed.
-    return map(partial(_label, return_confidence=return_confidence, temperature=temperature), views)
+    results: Iterator[Any] = map(partial(_label, return_confidence=return_confidence, temperature=temperature), views)
+    return results
 
 
 def score_stream(
-    model: DepictForSemanticSegmentation,
+    model: SegmentationModel,
     image_processor: DepictImageProcessor,
     images: Iterable[Photo],
     scales: Sequence[float] = (1.0,),

@@ -53,14 +53,19 @@ def model_source(name: str | Path) -> str | Path:
     return DEFAULT_MODEL
 
 
+def training_device() -> torch.device:
+    """Return the accelerator of PyTorch, whichever it is, or the CPU where there is none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
 def fastest_device(index: int = 0) -> str:
-    """An accelerator of PyTorch, cuda, mps or xpu, where there is one, else the CPU.
+    """Name the accelerator of PyTorch, cuda, mps or xpu, where there is one, else the CPU.
 
     Args:
         index: Of this process on its machine; where there are several accelerators, processes take turns.
     """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    kind = "cpu" if accelerator is None else accelerator.type
+    kind = training_device().type
     if kind not in ("cuda", "mps", "xpu"):
         return "cpu"
     return "mps" if kind == "mps" else f"{kind}:{index % torch.accelerator.device_count()}"

@@ -127,24 +127,25 @@ def draw_confidence(probabilities) -> PIL.Image.Image:
     values = _probabilities(probabilities)
     colors = _scale_colors()
     picture = PIL.Image.fromarray(colors[np.rint(values * 255).astype(np.uint8)])
-    font = PIL.ImageFont.load_default(max(12, round(values.size**0.5 / 45)))
-    gap = round(font.size / 2)
-    bar_width = min(picture.width - 2 * gap, 24 * round(font.size))
+    font_size = max(12, round(values.size**0.5 / 45))
+    font = PIL.ImageFont.load_default(font_size)
+    gap = round(font_size / 2)
+    bar_width = min(picture.width - 2 * gap, 24 * font_size)
     title = f"probability of the label (mean {values.mean():.3f})"
-    width = max(bar_width, 12 * round(font.size), round(font.getlength(title)))
+    width = max(bar_width, 12 * font_size, round(font.getlength(title)))
     canvas = PIL.Image.new(
-        "RGB", (max(picture.width, width + 2 * gap), picture.height + round(4.5 * font.size)), "white"
+        "RGB", (max(picture.width, width + 2 * gap), picture.height + round(4.5 * font_size)), "white"
     )
     canvas.paste(picture, (0, 0))
     top = picture.height + gap
     draw = PIL.ImageDraw.Draw(canvas)
     draw.text((gap, top), title, fill="black", font=font)
-    top += round(1.3 * font.size)
-    bar = PIL.Image.fromarray(colors[None]).resize((width, round(font.size)), PIL.Image.Resampling.BILINEAR)
+    top += round(1.3 * font_size)
+    bar = PIL.Image.fromarray(colors[None]).resize((width, font_size), PIL.Image.Resampling.BILINEAR)
     canvas.paste(bar, (gap, top))
     draw.rectangle((gap, top, gap + width - 1, top + bar.height - 1), outline="black")
     for position, anchor in ((0, "la"), (0.25, "ma"), (0.5, "ma"), (0.75, "ma"), (1, "ra")):
-        place = (gap + position * (width - 1), top + 1.1 * font.size)
+        place = (gap + position * (width - 1), top + 1.1 * font_size)
         draw.text(place, f"{position:g}", fill="black", font=font, anchor=anchor)
     return canvas
 

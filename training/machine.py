@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from depict_hf import DepictForSemanticSegmentation
 from depict_hf.inference import segment
+from depict_hf.loading import training_device
 from depict_hf.vit import LayerRecord
 
 from .data import SegmentationDataset, TrainingDataset
@@ -37,8 +39,13 @@ def data_facts(opened) -> DataFacts:
     samples = opened.samples
     train = samples["train"]
     sides = [min(train[index]["image"].shape[-2:]) for index in spread(len(train), LOOKED_AT)]
-    counts = (len(samples[name]) for name in ("train", "validation", "test"))
-    return DataFacts(tuple(opened.class_names), *counts, int(statistics.median(sides)))
+    return DataFacts(
+        tuple(opened.class_names),
+        len(train),
+        len(samples["validation"]),
+        len(samples["test"]),
+        int(statistics.median(sides)),
+    )
 
 
 def measure(
@@ -58,9 +65,9 @@ def measure(
         output: Where the run writes.
         overrides: Of fields, which decide sizes.
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = training_device()
     model.to(device).eval()
-    facts = {
+    facts: dict[str, Any] = {
         "device": device.type,
         "patch_size": model.config.encoder_patch_size,
         "num_blocks": count_encoder_blocks(model),

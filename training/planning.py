@@ -240,7 +240,9 @@ def make_plan(
         ValueError: If there is too little time to train anything, or an override cannot be followed.
     """
     decoder, finetuning = stage_recipes(base, machine, overrides)
-    reasons = [_reason_for_size(data, machine, (finetuning or decoder)), machine.why_precision]
+    last = finetuning or decoder
+    assert last is not None  # an override leaves out one stage at most
+    reasons = [_reason_for_size(data, machine, last), machine.why_precision]
     left = seconds * (1 - MARGIN) - spent
     test_images = data.test
     if test_images * machine.segment_seconds > TEST_SHARE * left:
@@ -251,7 +253,7 @@ def make_plan(
         )
     test_seconds = test_images * machine.segment_seconds
     left -= test_seconds
-    batch_size = (finetuning or decoder).optimization.batch_size
+    batch_size = last.optimization.batch_size
     needed = 4 * batch_size * machine.train_seconds
     if left < needed:
         raise ValueError(
@@ -287,7 +289,7 @@ def make_plan(
             f"images are encoded once, in about {clock(cache)}."
         )
     if finetuning:
-        stage_steps = None if steps is None else max(1, steps - (stages[0].steps if stages else 0))
+        stage_steps = None if steps is None else max(1, steps - sum(stage.steps or 0 for stage in stages))
         begin = stages[0].ends_at if stages else spent
         expected = stage_steps or (1 - VALIDATION_SHARE) * (ends_at - begin) / _step_seconds(finetuning, machine)
         stages.append(Stage("fine-tuning", finetuning, ends_at, stage_steps))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from depict_hf.configuration_depict import DECODER_TYPES, ENCODER_PRESETS, IGNORE_LABEL
-from depict_hf.loading import native_dtype
+from depict_hf.loading import native_dtype, training_device
 
 from .data import read_class_names
 from .settings import Section, nearest_name, parse_value, setting, text_of
@@ -309,7 +309,7 @@ class Recipe:
         Raises:
             ValueError: If a text is no assignment, or a field is unknown or its value of another type.
         """
-        changes = {}
+        changes: dict[str, Any] = {}
         for assignment in assignments:
             name, separator, text = assignment.partition("=")
             if not separator:
@@ -350,7 +350,7 @@ def resolve_precision(recipe: Recipe) -> Recipe:
     Raises:
         ValueError: If the precision is fp16 and there is no accelerator.
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = training_device()
     if recipe.hardware.precision == "fp16" and device.type == "cpu":
         raise ValueError(
             "Got precision=fp16 on a CPU, which has no fast float16 and no scaling of its gradients; pass "

@@ -101,7 +101,7 @@ def _paper(
     dataset: str,
     data: DataSection,
     optimization: OptimizationSection,
-    **evaluation: int,
+    **evaluation: Any,
 ) -> Recipe:
     """What all rows of the paper share; the trained model is evaluated as the published figures were made.
 

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import disable_progress_bars
@@ -19,7 +20,15 @@ from transformers.utils import logging
 from depict_hf import DepictForSemanticSegmentation
 from depict_hf.loading import load_model
 
-from .data import DecoderOnFeatures, EvaluationDataset, FeatureDataset, SegmentationDataset, TrainingDataset, open_data
+from .data import (
+    DecoderOnFeatures,
+    EvaluationDataset,
+    FeatureDataset,
+    SegmentationDataset,
+    TrainingDataset,
+    count_pixels,
+    open_data,
+)
 from .evaluation import (
     Execution,
     Protocol,
@@ -213,7 +222,7 @@ def _plan_from_json(values: dict) -> Plan:
 
 
 def _recipe_from_json(values: dict) -> Recipe:
-    sections = {
+    sections: dict[str, Any] = {
         section: kind(
             **{name: tuple(each) if isinstance(each, list) else each for name, each in values[section].items()}
         )
@@ -242,6 +251,8 @@ def _run_stage(session: Session, index: int, model: DepictForSemanticSegmentatio
     freeze_for(model, recipe)
     model.to(start_processes().device)
     cached = recipe.data.cache_features
+    training: FeatureDataset | TrainingDataset
+    evaluated: FeatureDataset | EvaluationDataset
     if cached:
         print(f"Stage {stage.name}: encoding {len(train)} + {len(validation)} photographs once ...")
         half = recipe.hardware.precision == "bf16"
@@ -288,14 +299,7 @@ def spaced(samples: SegmentationDataset, at_most: int | None) -> SegmentationDat
     """At most so many samples, evenly spaced over the split; the very same object where these are all."""
     if at_most is None or at_most >= len(samples):
         return samples
-    some = SegmentationDataset(
-        samples.dataset.select(spread(len(samples), at_most)),
-        samples.num_labels,
-        samples.image_column,
-        samples.label_column,
-        encoding=samples.encoding,
-        split=samples.split,
-    )
+    some = samples.select(spread(len(samples), at_most))
     some.pixels = samples.pixels  # for the weights of classes, which hold for all
     return some
 
@@ -320,7 +324,7 @@ def _finish(session: Session, model: DepictForSemanticSegmentation, arguments, s
     curves = draw_curves(session.history, output / "curves.png")
     text = render_report(
         record,
-        train.pixels.tolist(),
+        count_pixels(train).tolist(),
         counts,
         session.history,
         start_lines,

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -35,8 +36,8 @@ class Start:
     model: DepictForSemanticSegmentation
     kept: tuple[str, ...]
     new: tuple[str, ...]
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
     notes: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:
@@ -108,7 +109,7 @@ def _from_model(source: str, config: DepictConfig, labels: dict, decoder_type: s
     kept = {name: value for name, value in old.state_dict().items() if name not in dropped}
     missing, unexpected = model.load_state_dict(kept, strict=False)
     assert not unexpected, unexpected
-    notes = ()
+    notes: tuple[str, ...] = ()
     if same_classes and not missing:
         notes = ("its classes are the very same, so that all of it is trained further",)
     if source == "default":
@@ -160,7 +161,7 @@ def _with(config: DepictConfig, fields: dict) -> DepictConfig:
 def _encoder_name(config: DepictConfig) -> str:
     if config.backbone_config is None:
         return f"ViT, {config.num_hidden_layers} blocks, width {config.hidden_size}, patch {config.patch_size}"
-    backbone = config.backbone_config
+    backbone: Any = config.backbone_config
     return f"{backbone.model_type}, width {backbone.hidden_size}, patch {config.encoder_patch_size}"
 
 

@@ -188,7 +188,7 @@ def label_encoding(
     """
     known = splits if isinstance(splits, Splits) else Splits(splits)
     if known.class_names is not None:
-        _compare_names(class_names, known)
+        _compare_names(class_names, known.class_names, known.layout)
     if known.encoding is None:
         return LabelEncoding.counted(len(class_names), reduce_labels)
     if reduce_labels and known.encoding != LabelEncoding.counted(len(class_names), reduce_labels):
@@ -259,19 +259,18 @@ def _remedies(meaningless: set[int], present: set[int], class_names: Sequence[st
     ]
 
 
-def _compare_names(class_names: Sequence[str], splits: Splits) -> None:
-    given, own = ([name.strip().lower() for name in names] for names in (class_names, splits.class_names))
+def _compare_names(class_names: Sequence[str], own_names: Sequence[str], layout: str) -> None:
+    """Raise ValueError unless both are the same names in the same order, but for capitals and outer spaces."""
+    given, own = ([name.strip().lower() for name in names] for names in (class_names, own_names))
     if given == own:
         return
     different = next((i for i, pair in enumerate(zip(given, own, strict=False)) if pair[0] != pair[1]), None)
     first = (
         ""
         if different is None
-        else (
-            f"; the first that differs is {different}: {class_names[different]!r} and {splits.class_names[different]!r}"
-        )
+        else (f"; the first that differs is {different}: {class_names[different]!r} and {own_names[different]!r}")
     )
     raise ValueError(
-        f"Got {len(given)} class names, but the dataset ({splits.layout}) has {len(own)}{first}. Pass its own with "
+        f"Got {len(given)} class names, but the dataset ({layout}) has {len(own)}{first}. Pass its own with "
         "class_names=A,B,... or class_names=FILE (a .json or .txt), or choose a recipe or model of these classes."
     )

@@ -45,11 +45,12 @@ class DecoderOnFeatures(nn.Module):
             input_size: `(batch, 2)`, height and width in pixels of the images, equal in a batch, where the grid also
                 covers padding; logits are then upsampled and cropped to that size.
         """
-        grid_size = tuple(features.shape[1:3])
-        logits = self.decoder(features.flatten(1, 2).to(self.decoder_dtype), grid_size)
+        grid_height, grid_width = features.shape[1:3]
+        logits = self.decoder(features.flatten(1, 2).to(self.decoder_dtype), (grid_height, grid_width))
         if input_size is not None:
             height, width = input_size[0].tolist()  # on the host, or it has the accelerator waited for
-            padded_size = tuple(side * self.config.encoder_patch_size for side in grid_size)
+            patch_size = self.config.encoder_patch_size
+            padded_size = (grid_height * patch_size, grid_width * patch_size)
             logits = merge_windows([logits], [(0, 0)], (height, width), padded_size)
         loss = None
         if labels is not None:
@@ -105,7 +106,7 @@ class FeatureDataset(EpochDataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if self.crop is not None:
-            return self._crop(index)
+            return self._crop(index, self.crop)
         features, input_size = self.read_whole(index)
         return {"features": features, "labels": self.samples[index]["labels"], "input_size": input_size}
 
@@ -115,19 +116,20 @@ class FeatureDataset(EpochDataset):
             input_size = torch.tensor(file.get_slice("labels").get_shape())
             return file.get_tensor("plain"), input_size
 
-    def _crop(self, index: int) -> dict[str, Tensor]:
-        """A random square of patches and the labels of the same area; nothing else is read."""
+    def _crop(self, index: int, crop: int) -> dict[str, Tensor]:
+        """Read a random square of `crop` x `crop` patches and the labels of the same area, and nothing else."""
         generator = sample_generator(self.seed, self.epoch, index)
         mirror = bool(torch.rand((), generator=generator) < 0.5)
         with safe_open(self._path(index), framework="pt") as file:
             features, labels = (file.get_slice(name) for name in ("mirrored" if mirror else "plain", "labels"))
             grid_height, grid_width, _ = features.get_shape()
             top, left = (
-                int(torch.randint(max(side - self.crop, 0) + 1, (), generator=generator))
+                int(torch.randint(max(side - crop, 0) + 1, (), generator=generator))
                 for side in (grid_height, grid_width)
             )
-            bottom, right = min(top + self.crop, grid_height), min(left + self.crop, grid_width)
-            area = tuple(side * self.patch_size for side in (top, left, bottom, right))
+            bottom, right = min(top + crop, grid_height), min(left + crop, grid_width)
+            side = self.patch_size
+            area = (top * side, left * side, bottom * side, right * side)
             return {"features": features[top:bottom, left:right], "labels": _label_area(labels, area, mirror)}
 
     def _path(self, index: int) -> Path:

@@ -100,16 +100,17 @@ def _split_by_folder(folder: Path, dataset: datasets.Dataset) -> dict[str, datas
     paths = pc.struct_field(encoded, "path").to_pylist()
     firsts = [os.path.relpath(path, folder.resolve()).split(os.sep)[0] for path in paths]
     names = [SPLIT_NAMES.get(first.lower()) for first in firsts]
-    if not any(names):
+    splits = [name for name in names if name is not None]
+    if not splits:
         return {"train": dataset}
-    if not all(names):
+    if len(splits) < len(names):
         raise ValueError(
             f"In {folder}, {names.count(None)} of {len(names)} paths do not begin with the name of a split, as "
             f"{paths[names.index(None)]}, and others do; put all photographs in folders of splits, or none."
         )
     return {
-        split: dataset.select([index for index, name in enumerate(names) if name == split])
-        for split in dict.fromkeys(names)
+        split: dataset.select([index for index, name in enumerate(splits) if name == split])
+        for split in dict.fromkeys(splits)
     }
 
 

@@ -87,7 +87,10 @@ def inspect_once(samples: SegmentationDataset, num_workers: int = 0) -> Inspecti
 def inspect_samples(samples: SegmentationDataset, num_workers: int = 0) -> Inspection:
     """Read all samples, in `num_workers` processes or in this one."""
     loader = DataLoader(_Readings(samples), batch_size=_BATCH, num_workers=num_workers, collate_fn=_as_is)
-    unreadable, wrong, ids, hashes = [], [], [], []
+    unreadable: list[tuple[int, str]] = []
+    wrong: list[tuple[int, str]] = []
+    ids: list[list[int]] = []
+    hashes: list[str] = []
     pixels: Counter[int] = Counter()
     progress = tqdm(total=len(samples), desc=f"Checking {samples.split}", disable=not sys.stderr.isatty())
     for batch in loader:

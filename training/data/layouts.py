@@ -111,8 +111,8 @@ def find_layout(folder: Path) -> Splits | None:
             f"{root} looks like {layout.name} ({' or '.join(layout.folders)} is there), but holds no photographs with "
             "label maps; unpack both archives of the dataset into one folder."
         )
-    names = tuple(class_names(layout.classes))
-    return Splits(splits, f"{layout.name} in its official layout", names, encoding, folder=folder)
+    known = tuple(class_names(layout.classes))
+    return Splits(splits, f"{layout.name} in its official layout", known, encoding, folder=folder)
 
 
 def _ade20k(root: Path) -> tuple[dict[str, Pairs], LabelEncoding]:

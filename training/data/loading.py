@@ -102,10 +102,10 @@ def _with_ids(splits: Splits, folder: Path) -> Splits:
             return splits  # a recipe may name the columns
         rows = split.select_columns(columns[name]).cast_column(columns[name], datasets.Image(decode=False))
         paths[name] = [(row[columns[name]] or {}).get("path") for row in rows]
-    every = [path for each in paths.values() for path in each]
-    if not all(path is not None and Path(path).is_file() for path in every):
+    every = [Path(path) for each in paths.values() for path in each if path is not None]
+    if len(every) < sum(map(len, paths.values())) or not all(path.is_file() for path in every):
         return splits  # reported with all other files that cannot be read
-    colored = resolve_colors(folder, [Path(path) for path in every])
+    colored = resolve_colors(folder, every)
     if colored.source is None:
         splits.class_names = splits.class_names or colored.class_names
         return splits

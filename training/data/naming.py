@@ -59,7 +59,8 @@ def _numbered(text: str) -> tuple[str, ...] | None:
     """
     found = []
     for start in re.finditer(r"(?<![\w.,-])0[:=]? (?=[^\W\d])", text):
-        names, place = [], start.start()
+        names: list[str] = []
+        place = start.start()
         while each := re.compile(rf"{len(names)}[:=]? ([^\W\d][^,;.|()0-9]*?)(, |; |\. |\.$|;|$)").match(text, place):
             names.append(each[1].strip())
             place = each.end()

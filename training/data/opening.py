@@ -9,7 +9,7 @@ from .inspection import Inspection
 from .layouts import Splits
 from .loading import load_dataset_splits
 from .reading import IGNORE_LABEL
-from .samples import SegmentationDataset
+from .samples import SegmentationDataset, count_pixels
 from .splitting import complete_splits
 
 _SHOWN = 20
@@ -163,7 +163,8 @@ def _choose_names(
 def _pixel_table(names: Sequence[str], samples: dict[str, SegmentationDataset]) -> list[str]:
     """Share of labelled pixels that each class has in each split, in percent."""
     width = max(len("class"), *map(len, names))
-    shares = [each.pixels.double() / each.pixels.sum() for each in samples.values()]
+    counts = [count_pixels(each) for each in samples.values()]
+    shares = [each.double() / each.sum() for each in counts]
     head = f"{'class':{width}}" + "".join(f"{name:>12}" for name in samples)
     return ["Labelled pixels in percent:", f"  {head}"] + [
         f"  {name:{width}}" + "".join(f"{100 * float(share[index]):12.2f}" for share in shares)
@@ -174,7 +175,7 @@ def _pixel_table(names: Sequence[str], samples: dict[str, SegmentationDataset]) 
 def _absent_classes(names: Sequence[str], samples: dict[str, SegmentationDataset]) -> list[str]:
     warnings = []
     for split, each in samples.items():
-        absent = [name for name, count in zip(names, each.pixels.tolist(), strict=True) if not count]
+        absent = [name for name, count in zip(names, count_pixels(each).tolist(), strict=True) if not count]
         if absent:
             effect = (
                 "cannot be learned; leave them out of the class names, or add images"

@@ -97,7 +97,7 @@ class LabelEncoding:
         return f"{_ranges(meant)}, or {_ranges(ignored)} (ignored)" if ignored else _ranges(meant)
 
 
-def read_image(encoded: dict) -> Image.Image:
+def read_image(encoded: dict | None) -> Image.Image:
     """Decode one image of a dataset, turned as its EXIF orientation says.
 
     Args:
@@ -114,7 +114,9 @@ def read_image(encoded: dict) -> Image.Image:
         raise UnreadableImageError(_reason(encoded, error)) from error
 
 
-def read_pair(encoded_image: dict, encoded_labels: dict, encoding: LabelEncoding) -> tuple[Tensor, Tensor]:
+def read_pair(
+    encoded_image: dict | None, encoded_labels: dict | None, encoding: LabelEncoding
+) -> tuple[Tensor, Tensor]:
     """Decode a photograph and its label map by the rules of `DepictImageProcessor` (palettes count by index).
 
     Returns:
@@ -128,7 +130,7 @@ def read_pair(encoded_image: dict, encoded_labels: dict, encoding: LabelEncoding
     return image, encoding.decode(ids)
 
 
-def read_ids(encoded_image: dict, encoded_labels: dict) -> tuple[Tensor, np.ndarray]:
+def read_ids(encoded_image: dict | None, encoded_labels: dict | None) -> tuple[Tensor, np.ndarray]:
     """As `read_pair`, with the ids of the label map, integers `(height, width)`, whatever they mean.
 
     Raises:
@@ -145,6 +147,7 @@ def read_ids(encoded_image: dict, encoded_labels: dict) -> tuple[Tensor, np.ndar
     if labels.format == "JPEG":
         raise ValueError("Got a label map saved as JPEG, which changes ids; needed is PNG or another lossless format.")
     if image.size != labels.size:
+        assert encoded_image is not None  # it has been read
         raise ValueError(_sizes_differ(image, labels, encoded_image))
     if image.mode == "RGB" and labels.mode in ("L", "P"):
         # The processor's results for the usual modes, without its work for all others.
@@ -191,7 +194,7 @@ def _reason(encoded: dict | None, error: Exception) -> str:
     """Why an image cannot be decoded, in a few words without its name."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
-    if isinstance(error, UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError) and encoded is not None:
         data = encoded["bytes"]
         empty = data == b"" or (
             data is None and os.path.isfile(encoded["path"]) and not os.path.getsize(encoded["path"])
@@ -202,7 +205,7 @@ def _reason(encoded: dict | None, error: Exception) -> str:
 
 def _ranges(numbers: list[int]) -> str:
     """Increasing numbers in few words: "0 to 4 and 7"."""
-    parts = []
+    parts: list[tuple[int, int]] = []
     for index, number in enumerate(numbers):
         if index and number == numbers[index - 1] + 1:
             parts[-1] = (parts[-1][0], number)

@@ -77,14 +77,21 @@ class SegmentationDataset(torch.utils.data.Dataset):
         """Path or name of a photograph, or its place in the split where it has none."""
         return name_of(self.encoded[index][self.image_column]) or f"image {index} of split {self.split}"
 
+    def select(self, indices: Iterable[int]) -> "SegmentationDataset":
+        """Some of the samples, in the order of the indices; their pixels are not counted."""
+        return SegmentationDataset(
+            self.dataset.select(list(indices)),
+            self.num_labels,
+            self.image_column,
+            self.label_column,
+            encoding=self.encoding,
+            split=self.split,
+        )
+
     def without(self, indices: Iterable[int]) -> "SegmentationDataset":
         """All samples but some; their names are noted in `left_out`."""
         dropped = set(indices)
-        kept = [index for index in range(len(self)) if index not in dropped]
-        columns = {"image_column": self.image_column, "label_column": self.label_column}
-        rest = SegmentationDataset(
-            self.dataset.select(kept), self.num_labels, **columns, encoding=self.encoding, split=self.split
-        )
+        rest = self.select(index for index in range(len(self)) if index not in dropped)
         rest.left_out = (*self.left_out, *(self.name(index) for index in sorted(dropped)))
         return rest
 

@@ -40,9 +40,9 @@ def complete_splits(splits: Splits, image_column: str | None = None, label_colum
         [only] = splits.values()
         parts = _divide(only, splits.folder, SHARES, image_column, label_column)
         counts = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
-        shares = ", ".join(f"{share:.0%} {name}" for name, share in SHARES.items())
+        listed = ", ".join(f"{share:.0%} {name}" for name, share in SHARES.items())
         note = (
-            f"it has no splits, so they are made ({shares}) by a hash of each photograph's name, and stay the same "
+            f"it has no splits, so they are made ({listed}) by a hash of each photograph's name, and stay the same "
             f"when others are added: {counts}; folders train/, val/ and test/ would be used instead"
         )
         return splits.replace(parts, note)

@@ -179,11 +179,12 @@ def count_images(stream: datasets.IterableDataset, split: str, given: int | None
         ValueError: If neither says.
     """
     known = (stream.info.splits or {}).get(split)
-    if given is None and (known is None or not known.num_examples):
+    number = (0 if known is None else known.num_examples) if given is None else given
+    if given is None and not number:
         raise ValueError(
             f"The number of images in the streamed split {split} is not known; pass num_train_images=NUMBER."
         )
-    return given or known.num_examples
+    return number
 
 
 def store(stream: datasets.IterableDataset, split: str) -> datasets.Dataset:

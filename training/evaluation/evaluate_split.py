@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf import DepictImageProcessor
 from depict_hf.configuration_depict import IGNORE_LABEL
-from depict_hf.inference import MAX_BATCH_PIXELS, segment
+from depict_hf.inference import MAX_BATCH_PIXELS, SegmentationModel, segment
 
 from ..data import SegmentationDataset
 from .corruptions import Corruption
@@ -61,7 +61,7 @@ class Execution:
 
 
 def evaluate(
-    model: DepictForSemanticSegmentation,
+    model: SegmentationModel,
     image_processor: DepictImageProcessor,
     samples: SegmentationDataset,
     protocol: Protocol = Protocol(),
@@ -120,7 +120,7 @@ def evaluate(
 
 def evaluate_under(
     corruptions: Sequence[Corruption],
-    model: DepictForSemanticSegmentation,
+    model: SegmentationModel,
     image_processor: DepictImageProcessor,
     samples: SegmentationDataset,
     protocol: Protocol = Protocol(),
@@ -163,7 +163,7 @@ def under_corruption(record: dict, corruption: Corruption, clean: dict) -> dict:
 
 
 def _count(
-    model: DepictForSemanticSegmentation,
+    model: SegmentationModel,
     image_processor: DepictImageProcessor,
     samples: SegmentationDataset,
     indices: Sequence[int],

@@ -107,7 +107,7 @@ def render_report(
         lines += ["", "![Loss and validation mIoU over the minutes](curves.png)"]
     lines += ["", "## What it started from", "", "```text", *start, "```"]
     lines += ["", "## What was chosen, and why", "", *(f"- {reason}" for reason in reasons)]
-    best = {}
+    best: dict[str, Mapping] = {}
     for event in history:
         if "mean_iou" in event:
             best[event["stage"]] = max(best.get(event["stage"], event), event, key=lambda each: each["mean_iou"])

@@ -212,7 +212,7 @@ def as_json(recipe: Recipe) -> dict:
 
 def _without_sections(recipe: dict) -> dict:
     """All fields of a recipe's JSON in one dict; recipes had no sections once."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in recipe.items():
         flat |= value if name in SECTIONS else {name: value}
     return flat

@@ -108,8 +108,8 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, num_train
     return LambdaLR(optimizer, lambda step: rate_factor(recipe, step, num_training_steps))
 
 
-def rate_factor(recipe: Recipe, step: int, num_training_steps: int) -> float:
-    """Share of the learning rate at an optimiser step, counted from 0.
+def rate_factor(recipe: Recipe, step: float, num_training_steps: int) -> float:
+    """Return the share of the learning rate at an optimiser step, counted from 0, or between two steps.
 
     Source:
         `PolynomialLR`, segm/optim/scheduler.py in rstrudel/segmenter@20d1bfa, for "polynomial".

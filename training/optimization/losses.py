@@ -114,7 +114,7 @@ class _LossByBands(torch.autograd.Function):
                 l = log_p.gather(2, targets)  # noqa: E741
                 penalty, slope = _focal(l, focal_gamma)
                 total += (penalty * weights).sum()
-                if not needs_gradient:
+                if gradient is None:
                     continue
                 p = log_p.exp_()
                 # A softmax brings a slope s of l to the scores as s at the pixel's own class, minus s p at every class.
@@ -131,7 +131,7 @@ class _LossByBands(torch.autograd.Function):
                 scores.scatter_add_(2, targets, slope)
                 gradient[used] += torch.tensordot(operator.T, scores.to(operator.dtype), dims=1)
             total = total / divisor + dice_weight * dice
-        if needs_gradient:
+        if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
 
@@ -203,4 +203,4 @@ def _dice(rows: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     bounded = area.clamp(min=1)
     loss = (share * (1 - 2 * overlap / bounded)).sum()
     slopes = -2 * share / bounded, 2 * share * overlap / bounded**2 * (area >= 1)
-    return loss, tuple(each[:, :, None] for each in slopes)
+    return loss, (slopes[0][:, :, None], slopes[1][:, :, None])

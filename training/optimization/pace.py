@@ -43,11 +43,10 @@ class Budget:
     started: float | None = None
 
     def __post_init__(self) -> None:
-        if self.started is None:
-            self.started = self.clock()
+        self._started = self.clock() if self.started is None else self.started
 
     def spent(self) -> float:
-        return self.spent_before + self.clock() - self.started
+        return self.spent_before + self.clock() - self._started
 
     def left(self) -> float:
         return self.seconds - self.spent()
@@ -193,14 +192,16 @@ class ProgressLine:
         self.budget = budget
         self.every_seconds = every_seconds
         self.printed = -math.inf
-        self.loss = self.mean_iou = self.best = None
+        self.loss: float | None = None
+        self.mean_iou: float | None = None
+        self.best = 0.0
 
     def show(self, stage: str, event: dict, seconds_left: float) -> None:
         """Take notice of an event of `PacedTrainer`."""
         self.loss = event.get("loss", self.loss)
         if "mean_iou" in event:
             self.mean_iou = event["mean_iou"]
-            self.best = max(self.best or 0.0, self.mean_iou)
+            self.best = max(self.best, event["mean_iou"])
         terminal, now = sys.stdout.isatty(), self.budget.spent()
         if not terminal and "mean_iou" not in event and now - self.printed < self.every_seconds:
             return

@@ -31,6 +31,7 @@ class SharedStochasticDepth(nn.Module):
         """`(batch, ...)` to the same; unchanged in evaluation."""
         if not self.training:
             return branch
+        assert self.draws is not None  # `draw` comes before every pass
         draws = self.draws[:, self.calls % BRANCHES]
         self.calls += 1
         scale = (draws >= self.p).to(branch.dtype) / (1 - self.p)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
@@ -20,7 +21,14 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.windows import CoarseScores, label_map
 
-from ..data import EpochSampler, Normalization, StreamingDataset
+from ..data import (
+    EpochSampler,
+    EvaluationDataset,
+    FeatureDataset,
+    Normalization,
+    StreamingDataset,
+    TrainingDataset,
+)
 from ..evaluation import MeanIoU, sample_picture, spread, write_picture
 from ..recipe import Recipe
 from .adapters import has_adapters, merge_adapters
@@ -37,7 +45,7 @@ class EpochSetter(transformers.TrainerCallback):
     accelerate reaches them neither in all processes nor in all resumed epochs.
     """
 
-    def __init__(self, dataset: Dataset, sampler: EpochSampler):
+    def __init__(self, dataset: FeatureDataset | StreamingDataset | TrainingDataset, sampler: EpochSampler):
         self.dataset = dataset
         self.sampler = sampler
 
@@ -80,6 +88,10 @@ class SegmentationTrainer(transformers.Trainer):
     Raises:
         ValueError: If the recipe asks for what cannot be done with FSDP.
     """
+
+    # Attributes of `Trainer`, which the checker does not see.
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(self, recipe: Recipe, loss: RecipeLoss | None = None, **kwargs):
         super().__init__(**kwargs)
@@ -291,7 +303,7 @@ class SegmentationTrainer(transformers.Trainer):
 
         Processes that shard a model (FSDP) must make the same passes, so that each of them reads all images.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         rank, num_processes = (0, 1) if self.is_fsdp_enabled else (self.args.process_index, self.args.world_size)
         share = Subset(dataset, range(rank, len(dataset), num_processes))
         return DataLoader(
@@ -321,9 +333,10 @@ class SegmentationTrainer(transformers.Trainer):
         model = self.accelerator.unwrap_model(self.model).eval()
         metric = MeanIoU(model.config.num_labels, ignore_index=IGNORE_LABEL)
         num_images = torch.zeros((), dtype=torch.long, device=self.args.device)
+        share = cast(Subset, dataloader.dataset)
         shown = []
         if self.is_world_process_zero() and self.recipe.evaluation.sample_pictures:
-            shown = spread(len(dataloader.dataset), self.recipe.evaluation.sample_pictures)
+            shown = spread(len(share), self.recipe.evaluation.sample_pictures)
         with self.average.applied() if self.average else nullcontext():
             for position, batch in enumerate(dataloader):
                 input_size = {"input_size": batch.pop("input_size")} if "input_size" in batch else {}
@@ -333,7 +346,7 @@ class SegmentationTrainer(transformers.Trainer):
                 metric.add_batch(predictions=prediction, references=labels)
                 num_images += len(labels)
                 if position in shown:
-                    self._show(dataloader.dataset, position, labels[0], prediction[0])
+                    self._show(share, position, labels[0], prediction[0])
         metric.confusion = metric.confusion.to(self.args.device)
         if not self.is_fsdp_enabled:
             metric.confusion, num_images = (self.accelerator.reduce(each) for each in (metric.confusion, num_images))
@@ -358,7 +371,7 @@ class SegmentationTrainer(transformers.Trainer):
     def _show(self, share: Subset, position: int, labels: Tensor, prediction: Tensor) -> None:
         """Write the picture of one image of this process's share, also to TensorBoard where that is reported to."""
         index = share.indices[position]
-        samples = share.dataset.samples
+        samples = cast(EvaluationDataset | FeatureDataset, share.dataset).samples
         title = f"{Path(samples.name(index)).name} ({index}), step {self.state.global_step}"
         picture = sample_picture(samples[index]["image"], labels, prediction, title, self.model.config.id2label)
         boards = [each for each in self.callback_handler.callbacks if isinstance(each, TensorBoardCallback)]

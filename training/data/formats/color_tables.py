@@ -126,19 +126,21 @@ def _from_csv(text: str, path: Path) -> list[tuple[str, Color]] | None:
 
     name = column("name", "class", "label", "class_name", "label_name", "category")
     parts = [column("r", "red"), column("g", "green"), column("b", "blue")]
+    channels = [part for part in parts if part is not None]
     whole = column("color", "colour", "rgb", "hex", "color_rgb")
     index = column("id", "index", "label_id", "class_id")
-    if name is None or (None in parts and whole is None):
+    where = channels if len(channels) == len(parts) else whole
+    if name is None or where is None:
         if len(rows[0]) == 4 and _color(rows[0][1:]):  # no header: name, r, g, b
             return _checked_rows([(row[0], row[1:]) for row in rows], path)
         return None
     if index is not None and all(len(row) > index and row[index].isdigit() for row in rows[1:]):
         rows[1:] = sorted(rows[1:], key=lambda row: int(row[index]))
-    pairs = []
+    pairs: list[tuple[object, object]] = []
     for row in rows[1:]:
         if len(row) < len(header):
             raise ValueError(f"{path} has the row {','.join(row)!r}, which is shorter than its header; complete it.")
-        pairs.append((row[name], [row[part] for part in parts] if None not in parts else row[whole]))
+        pairs.append((row[name], row[where] if isinstance(where, int) else [row[channel] for channel in where]))
     return _checked_rows(pairs, path)
 
 
@@ -162,7 +164,7 @@ def _from_lines(text: str, path: Path) -> list[tuple[str, Color]] | None:
 
 def _checked_rows(pairs: list[tuple[object, object]], path: Path) -> list[tuple[str, Color]] | None:
     rows = [(name, _color(color)) for name, color in pairs]
-    colored = [row for row in rows if row[1] is not None]
+    colored = [(name, color) for name, color in rows if color is not None]
     if not colored:
         return None
     wrong = [name if color is None else color for name, color in rows if color is None or not isinstance(name, str)]
@@ -184,7 +186,7 @@ def _color(value: object) -> Color | None:
     if not isinstance(value, (list, tuple)) or len(value) not in (3, 4):
         return None
     try:
-        color = tuple(int(each) for each in value[:3])
+        red, green, blue = (int(each) for each in value[:3])
     except (TypeError, ValueError):
         return None
-    return color if all(0 <= each <= 255 for each in color) else None
+    return (red, green, blue) if all(0 <= each <= 255 for each in (red, green, blue)) else None

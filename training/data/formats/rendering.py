@@ -1,5 +1,6 @@
 """Label maps that are drawn from annotations once, as PNG files in the cache of `datasets`."""
 
+import functools
 import hashlib
 import os
 import sys
@@ -67,9 +68,13 @@ def render(drawings: Sequence[Drawing]) -> list[Path]:
                 continue
             faults.append(f"{drawing.name}: {error}")
             continue
-        write_whole(drawing.path, lambda partial, ids=ids: Image.fromarray(ids.astype(np.uint8)).save(partial, "PNG"))
+        write_whole(drawing.path, functools.partial(_save_png, ids))
     refuse(faults, f"{len(faults)} of {len(drawings)} label maps cannot be made:")
     return paths
+
+
+def _save_png(ids: np.ndarray, path: Path) -> None:
+    Image.fromarray(ids.astype(np.uint8)).save(path, "PNG")
 
 
 def _can_be_decoded(path: Path) -> bool:
