@@ -1,6 +1,8 @@
 """`import depict_hf` stays light, registers with transformers in any order, and imports point one way."""
 
+import ast
 import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +205,48 @@ def test_imports_point_one_way(module, later):
     )
     # find_spec does not run the package.
     assert not {f"depict_hf.{name}" for name in later} & modules_after(code)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of the package that a file of it imports, wherever in the file, by the first part of their names."""
+    package = ".".join(path.parent.relative_to(REPOSITORY).parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            found |= {f"{origin}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("depict_hf.")}
+
+
+def test_the_analysis_receives_its_model():
+    """Fails if it loads or downloads one itself, or knows of commands and pages, be it within a function."""
+    needed = {
+        "analysis",
+        "configuration_depict",
+        "decoders",
+        "image_processing_depict",
+        "inference",
+        "modeling_depict",
+        "resampling",
+        "vit",
+        "windows",
+    }
+    files = list((REPOSITORY / "depict_hf" / "analysis").glob("*.py"))
+    assert len(files) > 5
+    assert {path.name: imported_modules(path) - needed for path in files} == {path.name: set() for path in files}
+
+
+def test_imports_within_functions_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "REPOSITORY", tmp_path)
+    path = tmp_path / "depict_hf" / "analysis" / "terms.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import torch\nfrom .steps import exact\nfrom .. import hub\n"
+        "def load():\n    from ..loading import load_model\n    import depict_hf.cli\n"
+    )
+    assert imported_modules(path) == {"analysis", "hub", "loading", "cli"}
 
 
 @pytest.mark.parametrize(
