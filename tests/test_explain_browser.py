@@ -171,6 +171,7 @@ def test_a_click_explains_the_patch_below_it(decoder_type, opened, browser, phot
     verdict = text(browser, "verdict")
     assert f"row {row + 1}, column {column + 1} of window {window + 1}" in verdict
     assert all(NAMES[each] in verdict for each in (label, second))
+    assert ("nearly" in verdict) == (stages[-1, label] - stages[-1, second] < explanation.numbers["unsure"]["margin"])
     assert shares_in(verdict) == shown(stages[-1, label].item(), stages[-1, second].item())
 
     found = rows(browser, "readings")

@@ -36,10 +36,10 @@ function signedBar(value, low, high) {
 }
 function explainPatch() {
   const index = state.patch, read = last(index), [x, y] = center(index), onMask = labelAt(x, y);
+  const lead = read.probability - read.secondProbability;
   byId("verdict").replaceChildren(`The patch in ${placeText(index)} was read as `, make("strong", {}, named(read.label)),
-    ` (${percent(read.probability)}). It was nearly `, make("strong", {}, named(read.second)),
-    ` (${percent(read.secondProbability)}), which is ${points(read.probability - read.secondProbability)} ` +
-    "percentage points behind.");
+    ` (${percent(read.probability)}). ${lead < numbers.unsure.margin ? "It was nearly" : "Next came"} `,
+    make("strong", {}, named(read.second)), ` (${percent(read.secondProbability)}), ${points(lead)} percentage points behind.`);
   byId("pixel-note").textContent = onMask === read.label ? "" :
     `The mask says ${names[onMask]} in the middle of this patch: masks are blended between neighbouring patches` +
     (layout.windows > 1 ? ", and averaged where windows overlap." : ".");
@@ -100,7 +100,7 @@ function explainContributions(index, read) {
   const what = quantity === "cosine" ? "how well the patch fits a class, as a cosine from −1 to 1" : "a class’s score";
   byId("contributions").replaceChildren(
     make("p", {}, `The bars split ${what}, into what the encoder and each layer and head add to it. Blue speaks for, ` +
-      "orange against; together they are exactly the sum in the last row. " + (quantity === "score" ? ""
+      "orange against; together they make the sum in the last row. " + (quantity === "score" ? ""
         : "The class’s token and the normalisation are held fixed, so a bar is not what would be lost without that part.")),
     make("div", { class: "choice" }, button(false, `Why ${names[read.label]}?`),
       button(true, `Why ${names[read.label]} rather than ${names[read.second]}?`)),
