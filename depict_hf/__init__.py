@@ -46,7 +46,7 @@ _loading = threading.RLock()
 
 
 def __getattr__(name: str):
-    """A public name, or a module of the package, the first time that it is used."""
+    """Import a public name, or a module of the package, the first time that it is used."""
     if name in _MODULE_OF:
         with _loading:
             value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

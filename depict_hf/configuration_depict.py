@@ -135,7 +135,7 @@ class DepictConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "DepictConfig":
-        """Configuration of one of the paper's encoders, by its published name.
+        """Configure one of the paper's encoders, by its published name.
 
         Args:
             name: A key of `ENCODER_PRESETS`, for example "vit_small_patch16_384".
@@ -269,7 +269,7 @@ class DepictConfig(PreTrainedConfig):
 
 
 def published_decoder_fields(decoder_type: str | None, hidden_size: int) -> dict[str, int | float]:
-    """Fields of `DepictConfig` in which the published "mask_transformer" differs from the defaults, which are DEPICT's.
+    """Return the fields in which the published "mask_transformer" differs from the defaults, which are DEPICT's.
 
     Source:
         segm/config.yml and segm/model/factory.py in rstrudel/segmenter@20d1bfa: two layers, heads of dimension 64,

@@ -128,7 +128,7 @@ def convert_with_report(
     im_size: int | None = None,
     class_names: Sequence[str] | str | Path | None = None,
 ) -> Conversion:
-    """As `convert_checkpoint`, with an account of what was done."""
+    """Convert as `convert_checkpoint` does, and give an account of what was done."""
     checkpoint = Path(checkpoint)
     if checkpoint.is_dir():
         checkpoint = checkpoint / "checkpoint.pth"
@@ -170,7 +170,7 @@ def convert_with_report(
 
 
 def published_protocol(dataset: str, crop_size: int, im_size: int | None = None) -> dict[str, Any]:
-    """How the published figures of a data set were made, in the words of our configuration.
+    """Say how the published figures of a data set were made, in the words of our configuration.
 
     Every recipe of a row of the paper and every converted model take it from here. In multi-scale evaluation both
     bounds of `size` are multiplied by the scale and cut off to whole pixels; windows stay as they are.
@@ -210,7 +210,7 @@ def _published_windows(crop_size: int) -> dict[str, int]:
 
 
 def published_normalization(kind: str) -> tuple[list[float], list[float]]:
-    """Means and deviations of each channel, for values in 0 to 1, as in the published evaluation.
+    """Return the means and deviations of each channel, for values in 0 to 1, as in the published evaluation.
 
     They are rounded to two decimals on the scale of 0 to 255 there, so that for "deit" 123.675 became 123.68.
 
@@ -225,7 +225,7 @@ def published_normalization(kind: str) -> tuple[list[float], list[float]]:
 
 
 def _dataset(settings: dict, num_labels: int) -> str | None:
-    """The data set that the variant names or, if it names none, the published one with as many classes."""
+    """Name the data set that the variant names or, if it names none, the published one with as many classes."""
     named = settings.get("dataset_kwargs", {}).get("dataset")
     if named is not None:
         return named
@@ -233,7 +233,7 @@ def _dataset(settings: dict, num_labels: int) -> str | None:
 
 
 def _label_fields(num_labels: int, dataset: str | None, names: Sequence[str] | str | Path | None) -> tuple[dict, str]:
-    """Fields of the configuration on the classes, and where their names are from."""
+    """Return the fields of the configuration on the classes, and where their names are from."""
     origin = "given"
     if isinstance(names, (str, Path)):
         names, origin = read_class_names(Path(names)), f"read from {names}"
@@ -292,7 +292,7 @@ def _shortest(side: object) -> dict[str, int]:
 
 
 def _image_processor_from(settings: dict, size: dict[str, int], rounded: bool) -> DepictImageProcessor:
-    """Image processor of `size` with the variant's normalisation, rounded as in the published evaluation or not."""
+    """Build the image processor of `size` with the variant's normalisation, rounded as published or not."""
     kind = settings.get("dataset_kwargs", {}).get("normalization", settings["net_kwargs"].get("normalization"))
     if kind not in NORMALIZATIONS:
         raise ValueError(f"variant.yml has normalization={kind!r}, needed one of {', '.join(NORMALIZATIONS)}.")

@@ -321,7 +321,7 @@ def class_logits(patches: Tensor, classes: Tensor, mask_norm: nn.LayerNorm, grid
 
 
 def pool_adaptively(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """`F.adaptive_avg_pool2d`; while a graph is traced, by products with the matrices of its averages.
+    """Average as `F.adaptive_avg_pool2d` does; while a graph is traced, by products with the matrices of its averages.
 
     The kernel's decomposition binds an ONNX graph to the traced grid, without an error.
 

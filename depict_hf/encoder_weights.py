@@ -76,7 +76,7 @@ def load_encoder(model: DepictForSemanticSegmentation, state_dict: Mapping[str, 
 
 
 def read_weights(source: str | Path) -> dict[str, Tensor]:
-    """Parameters of a pretrained model, for `load_encoder`, read without executing anything.
+    """Read the parameters of a pretrained model, for `load_encoder`, without executing anything.
 
     Args:
         source: A weights file (`.safetensors`, or a pickle of tensors), a folder with `model.safetensors`, or the name
@@ -98,7 +98,7 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
 
 
 def _fit_positions(positions: Tensor, embeddings: ViTEmbeddings) -> Tensor:
-    """Position embeddings of a square grid, resized to the grid of `embeddings`."""
+    """Resize position embeddings of a square grid to the grid of `embeddings`."""
     num_patches = positions.shape[1] - embeddings.num_prefix_tokens
     side = math.isqrt(num_patches)
     if side**2 != num_patches:
@@ -110,7 +110,7 @@ def _fit_positions(positions: Tensor, embeddings: ViTEmbeddings) -> Tensor:
 
 
 def load_data(path: str | Path) -> Any:
-    """What a pickle of tensors, plain values and numpy's scalars holds, on the CPU; no code in it is run.
+    """Read a pickle of tensors, plain values and numpy's scalars, on the CPU; no code in it is run.
 
     Raises:
         ValueError: If the file is of another kind.
@@ -130,7 +130,7 @@ def load_data(path: str | Path) -> Any:
 
 
 def rename_by(state_dict: Mapping[str, Tensor], table: list[tuple[str, str | None]], source: str) -> dict[str, Tensor]:
-    """Parameters under the names that `table` gives them; what it gives None is dropped.
+    """Give parameters the names that `table` has for them; what it gives None is dropped.
 
     Args:
         table: Rows of a pattern for a whole name, and its replacement, as of `re`.

@@ -51,7 +51,7 @@ class Familiarity:
 
     @classmethod
     def fit(cls, vectors: Tensor, num_directions: int = NUM_DIRECTIONS, threshold: float = THRESHOLD) -> "Familiarity":
-        """Of training images.
+        """Fit it to vectors of training images.
 
         Args:
             vectors: `(images, hidden)`, of `photograph_vector`.
@@ -70,7 +70,7 @@ class Familiarity:
         return cls(*(value.float().contiguous() for value in kept))
 
     def distance(self, vector: Tensor) -> float:
-        """Of a photograph's vector `(hidden,)` from the training images, which themselves have about 1."""
+        """Return how far a vector `(hidden,)` is from the training images, which themselves have about 1."""
         centred = vector.to(self.mean) - self.mean
         along = self.directions @ centred
         across = centred.square().sum() - along.square().sum()
@@ -80,7 +80,7 @@ class Familiarity:
     def judge(
         self, model: DepictForSemanticSegmentation, image_processor: DepictImageProcessor, photo: PIL.Image.Image
     ) -> dict[str, float | str]:
-        """`distance` of a photograph, and a `warning` where that is beyond the threshold."""
+        """Return a photograph's `distance`, and a `warning` where that is beyond the threshold."""
         distance = round(self.distance(photograph_vector(model, image_processor, photo)), 2)
         if distance <= self.threshold:
             return {"distance": distance}
@@ -96,7 +96,7 @@ class Familiarity:
 
 
 def load_familiarity(model: str | Path) -> Familiarity | None:
-    """What a model's folder or repository on the Hub keeps of its training images; None where it keeps nothing."""
+    """Load what a model's folder or Hub repository keeps of its training images; None where it keeps nothing."""
     path = cached_file(
         str(model),
         FILE_NAME,
@@ -111,7 +111,7 @@ def load_familiarity(model: str | Path) -> Familiarity | None:
 def photograph_vector(
     model: DepictForSemanticSegmentation, image_processor: DepictImageProcessor, photo: PIL.Image.Image
 ) -> Tensor:
-    """Mean of the tokens that the encoder gives for a photograph squeezed to a small square.
+    """Average the tokens that the encoder gives for a photograph squeezed to a small square.
 
     Returns:
         `(hidden,)`, float32, on the CPU.
@@ -128,6 +128,6 @@ def fit_familiarity(
     photos: Iterable[PIL.Image.Image],
     threshold: float = THRESHOLD,
 ) -> Familiarity:
-    """`Familiarity.fit` on the photographs that a model was trained on; the model is in evaluation mode."""
+    """Fit `Familiarity` to the photographs that a model, in evaluation mode, was trained on."""
     vectors = [photograph_vector(model, image_processor, photo) for photo in photos]
     return Familiarity.fit(torch.stack(vectors), threshold=threshold)

@@ -8,7 +8,7 @@ Ring = list[list[int]]
 
 
 def coco_file(ids: np.ndarray, names: list[str], file_name: str, image_id: int) -> dict[str, Any]:
-    """One photograph's label map as a COCO data set, whose masks pycocotools decodes.
+    """Write one photograph's label map as a COCO data set, whose masks pycocotools decodes.
 
     Args:
         ids: `(height, width)`, class ids; those beyond `names`, such as 255, belong to no class.
@@ -43,7 +43,7 @@ def coco_file(ids: np.ndarray, names: list[str], file_name: str, image_id: int) 
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    """A mask as COCO's compressed run lengths: column by column, lengths of the runs of 0 and 1 in turn, as text.
+    """Encode a mask as COCO's compressed run lengths: column by column, runs of 0 and 1 in turn, as text.
 
     Args:
         mask: `(height, width)`, boolean.
@@ -74,7 +74,7 @@ def run_lengths(mask: np.ndarray) -> dict[str, Any]:
 
 
 def geojson_file(ids: np.ndarray, names: list[str]) -> dict[str, Any]:
-    """A label map as a GeoJSON collection, one polygon per connected area of a class.
+    """Write a label map as a GeoJSON collection, one polygon per connected area of a class.
 
     Args:
         ids: `(height, width)`, class ids; those beyond `names`, such as 255, belong to no class.
@@ -95,7 +95,7 @@ def geojson_file(ids: np.ndarray, names: list[str]) -> dict[str, Any]:
 
 
 def polygons(mask: np.ndarray) -> list[list[Ring]]:
-    """Outlines of a mask's areas; pixels that touch at a corner only belong to different ones.
+    """Trace the outlines of a mask's areas; pixels that touch at a corner only belong to different ones.
 
     A corner of an outline lies where, of the four pixels around a point, one or three are inside (or two that touch
     only there, which makes two corners). From a corner, one side leads left or right and one up or down, so that
@@ -157,7 +157,7 @@ def polygons(mask: np.ndarray) -> list[list[Ring]]:
 
 
 def _corners(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """x and y of all corners, and the directions, -1 or 1, of their sides: left or right, up or down."""
+    """Find x and y of all corners, and the directions, -1 or 1, of their sides: left or right, up or down."""
     padded = np.pad(mask, 1)
     quadrants = {(-1, -1): padded[:-1, :-1], (1, -1): padded[:-1, 1:], (-1, 1): padded[1:, :-1], (1, 1): padded[1:, 1:]}
     inside = sum(quadrant.astype(np.int8) for quadrant in quadrants.values())
@@ -172,13 +172,13 @@ def _corners(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 
 def signed_area(ring: Ring) -> float:
-    """Area of a closed ring in pixels, positive where it runs from the x axis towards the y axis."""
+    """Return the area of a closed ring in pixels, positive where it runs from the x axis towards the y axis."""
     x, y = np.array(ring, dtype=np.float64).T
     return float((x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2)
 
 
 def class_boxes(ids: np.ndarray, num_classes: int) -> dict[int, tuple[int, int, int, int]]:
-    """Bounding box (left, top, right, bottom) of every class that occurs, in pixels; right and bottom are excluded."""
+    """Return (left, top, right, bottom) of every class that occurs, in pixels; right and bottom are excluded."""
     boxes = {}
     for index in np.unique(ids).tolist():
         if 0 <= index < num_classes:

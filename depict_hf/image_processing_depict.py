@@ -95,7 +95,7 @@ class DepictImageProcessor(TorchvisionBackend):
         return super().preprocess(images, segmentation_maps, **kwargs)
 
     def resize_size(self, height: int, width: int, size: SizeDict | dict[str, int] | None = None) -> tuple[int, int]:
-        """(height, width) in pixels that an image of `height` x `width` is resized to.
+        """Return (height, width) in pixels that an image of `height` x `width` is resized to.
 
         Args:
             size: As in the constructor; the processor's own `size` if omitted. At a scale of the published multi-scale
@@ -290,7 +290,7 @@ def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _to_tensor(array: np.ndarray) -> torch.Tensor:
-    """torch takes neither the other byte order nor negative strides, and warns about read-only memory."""
+    """Copy an array into a tensor where torch refuses its byte order or strides, or warns about read-only memory."""
     return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
 
 

@@ -133,7 +133,7 @@ def segment_stream(
     max_batch_pixels: int = MAX_BATCH_PIXELS,
     return_confidence: bool = False,
 ) -> Iterator[Tensor] | Iterator[Segmentation]:
-    """As `segment`, for any number of photographs: one label map after the other, in their order.
+    """Do as `segment` does for any number of photographs: one label map after the other, in their order.
 
     Photographs are taken from `images` only as they are needed to fill a forward pass.
     """
@@ -152,7 +152,7 @@ def score_stream(
     flip: bool = False,
     max_batch_pixels: int = MAX_BATCH_PIXELS,
 ) -> Iterator[list[CoarseScores]]:
-    """What `segment_stream` labels photographs by, for those who need more than labels: every view's coarse scores.
+    """Yield the coarse scores that `segment_stream` labels photographs by, for those who need more than labels.
 
     Args:
         model, image_processor, images, scales, flip, max_batch_pixels: As for `segment`, with the same errors.
@@ -313,7 +313,7 @@ class _Job:
 
 @torch.inference_mode()
 def _label(views: list[CoarseScores], return_confidence: bool, temperature: float) -> Tensor | Segmentation:
-    """What `segment` returns for one photograph."""
+    """Return what `segment` returns for one photograph."""
     labels, confidence, margin = label_views(views, return_confidence, temperature)
     labels = labels.cpu().long()
     if confidence is None or margin is None:
@@ -380,7 +380,7 @@ def _windows(
     flip: bool,
     job: _Job,
 ) -> Iterator[tuple[Tensor, _View]]:
-    """Windows `(channels, height, width)` of a photograph at every scale, each with its view, which the job gets."""
+    """Cut windows `(channels, height, width)` at every scale; yield each with its view, which the job gets."""
     window_size = model.config.window_size
     for scale in scales:
         edges = {name: int(side * scale) for name, side in dict(image_processor.size).items() if side is not None}
@@ -406,7 +406,7 @@ def _windows(
 
 
 def _as_tensor(photo: Photo, image_processor: DepictImageProcessor) -> Tensor:
-    """Upright photograph, `(channels, height, width)` uint8."""
+    """Return a photograph upright, `(channels, height, width)` uint8."""
     if isinstance(photo, (str, Path)):
         photo = load_photo(photo)
     if isinstance(photo, np.ndarray):

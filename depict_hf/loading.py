@@ -24,9 +24,10 @@ DTYPE_NAMES = ("auto", *DTYPES)
 def default_model(
     device: torch.device | str = "cpu", dtype: str = "float32"
 ) -> tuple[DepictForSemanticSegmentation, DepictImageProcessor]:
-    """The model that comes with the package, in evaluation mode, and its image processor, from any working directory.
+    """Load the model that comes with the package, in evaluation mode, and its image processor.
 
-    It computes in float32 unless another dtype is asked for, although its files are stored in half precision.
+    It is found from any working directory, and computes in float32 unless another dtype is asked for, although its files
+    are stored in half precision.
 
     Args:
         device: Where to.
@@ -39,7 +40,7 @@ def default_model(
 
 
 def model_source(name: str | Path) -> str | Path:
-    """What to load for a model's name: "default" is the model that comes with the package, wherever one stands.
+    """Return what to load for a model's name: "default" is the model that comes with the package, wherever one stands.
 
     A folder called `default` in the working directory is therefore `./default`; a `Path` is always a folder.
 
@@ -95,7 +96,7 @@ def load_model(
 def load_model(
     name: str | Path, device: torch.device | str = "cpu", dtype: str = "float32", backend: str = "pytorch"
 ) -> tuple["DepictForSemanticSegmentation | OnnxModel", DepictImageProcessor]:
-    """A model in evaluation mode, and its image processor.
+    """Load a model in evaluation mode, and its image processor.
 
     Args:
         name: Folder, Hub name or "default" (see `model_source`); for ONNX Runtime a folder that `depict export` wrote.
@@ -137,7 +138,7 @@ def load_model(
 
 
 def native_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, which is faster at hardly any loss; float32 elsewhere.
+    """Return bfloat16 where the processor multiplies it natively, which is faster at hardly any loss, else float32.
 
     CPUs do with AVX512_BF16 or AMX, GPUs if CUDA says so without emulation; of other devices it is not known.
     """
@@ -211,5 +212,5 @@ def override_protocol(
 
 
 def parse_window_size(text: str) -> int | Literal["none"]:
-    """The option `--window-size` of commands, for `override_protocol`: pixels, or "none" for whole images."""
+    """Parse the option `--window-size` of commands, for `override_protocol`: pixels, or "none" for whole images."""
     return "none" if text == "none" else int(text)

@@ -68,7 +68,7 @@ class BackboneEncoder(nn.Module):
         return self.backbone.get_input_embeddings()
 
     def forward(self, pixel_values: Tensor, record: LayerRecord) -> tuple[Tensor, tuple[int, int]]:
-        """As `ViTEncoder.forward`; the record receives what the backbone itself reports.
+        """Encode as `ViTEncoder` does; the record receives what the backbone itself reports.
 
         Raises:
             ValueError: If the backbone's last feature map is not the patch grid.
@@ -238,7 +238,7 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _whole_logits(self, pixel_values: Tensor, encoder_record: LayerRecord, decoder_record: LayerRecord) -> Tensor:
-        """Logits of whole images, on the patch grid or, where that would cover padding, at the input's size."""
+        """Compute logits of whole images, on the patch grid or, where that would cover padding, at the input's size."""
         padded = pad_to_multiple(pixel_values, self.config.encoder_patch_size)
         patches, grid_size = self.encoder(padded, encoder_record)
         logits = self.decoder(patches, grid_size, decoder_record)
@@ -251,7 +251,7 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
         return not self.training and window_size is not None and max(pixel_values.shape[-2:]) > window_size
 
     def _windowed_logits(self, pixel_values: Tensor) -> Tensor:
-        """Merged logits of all windows, at the input's size."""
+        """Compute the merged logits of all windows, at the input's size."""
         window_size = self.config.window_size
         assert window_size is not None  # or `_needs_windows` is false
         window_stride = self.config.window_stride or window_size
@@ -293,7 +293,7 @@ class DepictForSemanticSegmentation(DepictPreTrainedModel):
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Cross-entropy averaged over the pixels that are not ignored; zero where all are.
+    """Average the cross-entropy over the pixels that are not ignored; zero where all are.
 
     Args:
         logits: `(batch, num_labels, h, w)`; upsampled bilinearly to the labels' size.
@@ -322,7 +322,7 @@ class _CrossEntropyByBands(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        """Sum over all pixels that are not ignored.
+        """Return the sum over all pixels that are not ignored.
 
         Args:
             logits: `(batch, num_labels, h, width)`, float32 or float64.

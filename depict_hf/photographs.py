@@ -47,14 +47,14 @@ class Photograph:
         return "-" if self.path.name == STANDARD_INPUT else str(self.path)
 
     def result(self, kind: str) -> Path:
-        """Where its result of this kind goes, a key of `RESULT_SUFFIXES` or `CONFIDENCE_SUFFIXES`."""
+        """Say where its result of this kind goes, a key of `RESULT_SUFFIXES` or `CONFIDENCE_SUFFIXES`."""
         return self.target.with_name(self.target.name + (RESULT_SUFFIXES | CONFIDENCE_SUFFIXES)[kind])
 
 
 def find_photographs(
     paths: Iterable[Path], output: Path, kinds: Sequence[str], recursive: bool = False
 ) -> list[Photograph]:
-    """Image files as given, and those in folders, sorted; each file once.
+    """Find image files as given, and those in folders, sorted; each file once.
 
     Results of what lies in sub-folders go to sub-folders of the same names. Photographs of one name in one of these are
     numbered.
@@ -92,7 +92,7 @@ def find_photographs(
 
 
 def _expand(paths: Iterable[Path], output: Path, recursive: bool) -> Iterator[tuple[Path, Path]]:
-    """Image files, and the folders that they lie in, seen from the folder that was given."""
+    """Find image files, and the folders that they lie in, seen from the folder that was given."""
     results = output.resolve()
     for root in paths:
         if not root.is_dir():
@@ -113,7 +113,7 @@ def _expand(paths: Iterable[Path], output: Path, recursive: bool) -> Iterator[tu
 
 @contextmanager
 def standard_input() -> Iterator[Path]:
-    """The photograph that comes by standard input, as a file for as long as it is needed."""
+    """Keep the photograph that comes by standard input, as a file for as long as it is needed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / STANDARD_INPUT
         path.write_bytes(sys.stdin.buffer.read())
@@ -136,17 +136,17 @@ class Processes:
 
     @classmethod
     def launched(cls) -> "Processes":
-        """As the launcher says in the environment."""
+        """Read from the environment what the launcher says."""
         if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "RANK" not in os.environ:
             return cls()
         return cls(*(int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
     def share(self, photographs: Sequence[Photograph]) -> Sequence[Photograph]:
-        """Every `count`-th photograph, starting with this process's own."""
+        """Return every `count`-th photograph, starting with this process's own."""
         return photographs[self.rank :: self.count]
 
     def total(self, number: int) -> int:
-        """Sum of the numbers of all processes, once all have come here.
+        """Return the sum of the numbers of all processes, once all have come here.
 
         A launcher that sees a process end with an error ends the others; so they wait for each other, as long as it
         takes.

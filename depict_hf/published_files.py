@@ -43,7 +43,7 @@ _PUBLISHED_NAMES = [
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Published parameter names and tensors of a `checkpoint.pth`, read without executing anything in it.
+    """Read published parameter names and tensors of a `checkpoint.pth`, without executing anything in it.
 
     Beside them, files of the published code hold the states of the optimiser, of the schedule and, where training was
     in mixed precision, of the loss scale; these are left out. The prefix `module.` that `DataParallel` and
@@ -73,7 +73,7 @@ _VariantLoader.add_constructor(
 
 
 def read_variant(path: str | Path) -> dict:
-    """Settings of a `variant.yml`.
+    """Read the settings of a `variant.yml`.
 
     Raises:
         ValueError: If the file is no YAML of plain values and tuples.
@@ -88,7 +88,7 @@ def read_variant(path: str | Path) -> dict:
 
 
 def rename_parameters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published parameter names to ours; values pass through untouched, so gradients can be renamed too.
+    """Give published parameters our names; values pass through untouched, so gradients can be renamed too.
 
     The ImageNet classifiers (`encoder.head`, `encoder.head_dist`), which segmentation never uses, are dropped.
 
@@ -99,7 +99,7 @@ def rename_parameters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config_fields(state_dict: dict[str, Tensor], settings: dict) -> dict:
-    """Fields of the configuration that weights and variant tell, but for labels and windows."""
+    """Return the fields of the configuration that weights and variant tell, but for labels and windows."""
     net = settings["net_kwargs"]
     try:
         projection = state_dict["encoder.patch_embed.proj.weight"]
@@ -122,7 +122,7 @@ def config_fields(state_dict: dict[str, Tensor], settings: dict) -> dict:
 
 
 def _decoder_fields(state_dict: dict[str, Tensor], decoder: dict) -> dict:
-    """Kind, depth, heads and widths of the decoder; its kind is not recorded, but its parameter names tell."""
+    """Tell kind, depth, heads and widths of the decoder; its kind is not recorded, but its parameter names tell."""
     dropout = decoder.get("dropout", 0.0)
     if "decoder.head.weight" in state_dict:
         return {"decoder_type": "linear"}
@@ -166,7 +166,7 @@ def _head_dim(rows: int, num_heads: int) -> int:
 
 
 def _count_layers(state_dict: dict[str, Tensor], prefix: str) -> int:
-    """Layers under `prefix`, counted by their consecutive numbers."""
+    """Count the layers under `prefix` by their consecutive numbers."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     return len({match[1] for name in state_dict if (match := pattern.match(name))})
 

@@ -41,7 +41,7 @@ class RegisterAfterImport(MetaPathFinder):
         self.running: set[str] = set()
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        """The specification that the other finders give, with a loader that reports when it is done.
+        """Return the specification that the other finders give, with a loader that reports when it is done.
 
         Asking for it without loading, as `importlib.util.find_spec` does, changes nothing.
         """

@@ -47,7 +47,7 @@ def axis_operator(
     target_length: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """What merging windows and resizing the result does along one axis, as a matrix.
+    """Write what merging windows and resizing the result does along one axis as a matrix.
 
     Upsampling a window bilinearly, averaging windows where they overlap (their corners form a grid) and resizing the
     average are linear, and each does the same to every row and to every column. So the merged image is
@@ -117,18 +117,18 @@ class Axis:
         return len(self.starts) == len(lengths) == 1 and not self.mirrored
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The axis's `axis_operator`, made anew."""
+        """Make the axis's `axis_operator` anew."""
         matrix = axis_operator(
             self.grid_length, self.starts, self.window_length, self.length, self.target_length, dtype
         )
         return matrix.flip(0) if self.mirrored else matrix
 
     def whole(self, dtype: torch.dtype, device: torch.device) -> Band:
-        """All rows as one band."""
+        """Return all rows as one band."""
         return self.bands(self.target_length, dtype, device)[0]
 
     def bands(self, height: int, dtype: torch.dtype, device: torch.device) -> tuple[Band, ...]:
-        """The rows of the target in bands of `height`, from the first to the last, on a device.
+        """Return the rows of the target in bands of `height`, from the first to the last, on a device.
 
         What was made is kept for the next call, unless tensors are only pretended here (`FakeTensorMode`, a transform
         of `torch.func`) or a graph is traced, which must hold neither sizes nor tensors of other calls.
@@ -167,7 +167,7 @@ class Axis:
             return tuple(bands)
 
     def columns(self, rows: slice) -> list[int]:
-        """Columns of the matrix that may differ from zero in `rows`, ascending; all others are zero there."""
+        """List the columns of the matrix that may differ from zero in `rows`, ascending; all others are zero there."""
         first, last = rows.start, rows.stop - 1
         if self.mirrored:
             first, last = self.target_length - 1 - last, self.target_length - 1 - first
@@ -183,7 +183,7 @@ class Axis:
 
 
 def _neighbours(first: int, last: int, length: int, target_length: int) -> tuple[int, int]:
-    """First and last of `length` points that points `first` to `last` of `target_length` are interpolated between."""
+    """Return the ends of those of `length` points that points `first` to `last` of `target_length` lie between."""
     if length == target_length:
         return first, last
     scale = length / target_length
@@ -196,7 +196,7 @@ def _neighbours(first: int, last: int, length: int, target_length: int) -> tuple
 def upsampling_bands(
     length: int, target_length: int, row_elements: int, like: Tensor, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[slice, Tensor, slice]]:
-    """Upsampling along one axis, band by band: `target[band] = operator @ rows[used]`.
+    """Upsample along one axis, band by band: `target[band] = operator @ rows[used]`.
 
     Args:
         length: Number of rows.
@@ -219,7 +219,7 @@ def upsampling_bands(
 
 
 def band_height(device: torch.device, row_elements: int) -> int:
-    """Rows of `row_elements` scores that are upsampled at a time on a device."""
+    """Return how many rows of `row_elements` scores are upsampled at a time on a device."""
     return max(1, BAND_ELEMENTS.get(device.type, 2**25) // row_elements)
 
 
@@ -246,7 +246,7 @@ def resample(scores: Tensor, vertical: Axis, horizontal: Axis) -> Tensor:
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In which type matrix products of scores are exact to float32, whatever the settings of this process.
+    """Say in which type matrix products of scores are exact to float32, whatever the settings of this process.
 
     Settings such as TF32 or `torch.set_float32_matmul_precision` hold for all threads, so they are not changed but
     evaded.
@@ -275,7 +275,7 @@ def _products_are_rounded(device_type: str) -> bool:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Within, this thread computes on such devices in the types that tensors have."""
+    """Have this thread compute, within, on such devices in the types that tensors have."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -293,7 +293,7 @@ def _tensors_are_real() -> bool:
 
 
 def _num_bytes(bands: Sequence[Band]) -> int:
-    """Bytes that bands occupy, what they share counted once."""
+    """Count the bytes that bands occupy, what they share once."""
     tensors = [each for band in bands for each in (band.matrix, band.used) if isinstance(each, Tensor)]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
     return sum(storages.values())

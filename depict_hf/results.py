@@ -97,7 +97,7 @@ def _write_certainty(photograph: Photograph, certainty: Segmentation, bits: int)
 
 
 def table(record: dict[str, Any]) -> str:
-    """The shares of a record of `ResultWriter.write`, one line a class, and the mean confidence where it is known."""
+    """Lay out the shares of a record of `ResultWriter.write`, a line a class, and the mean confidence where known."""
     lines = [f"  {100 * share:6.2f} %  {name}" for name, share in record["shares"].items()]
     if "mean_confidence" in record:
         lines.append(f"  {100 * record['mean_confidence']:6.2f} %  mean probability of the labels")
@@ -105,7 +105,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def knowledge(config: DepictConfig) -> str:
-    """One line on what a model was trained on, as far as its config says, and on its classes."""
+    """Say in one line what a model was trained on, as far as its config says, and on its classes."""
     names = [config.id2label[index] for index in range(config.num_labels)]
     listed = ", ".join(names[:NAMES_IN_A_LINE])
     if len(names) > NAMES_IN_A_LINE:

@@ -20,7 +20,7 @@ Color = tuple[int, int, int]
 
 
 def label_image(segmentation, colors: list[Color]) -> PIL.Image.Image:
-    """Palette image whose pixel values are the class ids.
+    """Draw a palette image whose pixel values are the class ids.
 
     Args:
         segmentation: `(height, width)` integer tensor or array; 255 marks pixels without a class, shown black.
@@ -44,7 +44,7 @@ def overlay(
     alpha: float = 0.5,
     contours: bool = True,
 ) -> PIL.Image.Image:
-    """Photograph blended with the classes' colours, with lines between the classes and a legend below it.
+    """Blend a photograph with the classes' colours; draw lines between the classes and a legend below it.
 
     Args:
         image: The photograph; converted to RGB.
@@ -88,7 +88,7 @@ def overlay(
 
 
 def _contours(ids: np.ndarray) -> np.ndarray:
-    """Where a class meets another, `(height, width)`: lines of one pixel, or of more in large photographs."""
+    """Mark where a class meets another, `(height, width)`: lines of one pixel, or of more in large photographs."""
     lines = np.zeros(ids.shape, dtype=bool)
     lines[:, :-1] |= ids[:, :-1] != ids[:, 1:]
     lines[:-1] |= ids[:-1] != ids[1:]
@@ -99,7 +99,7 @@ def _contours(ids: np.ndarray) -> np.ndarray:
 
 
 def confidence_image(probabilities, bits: int = 8) -> PIL.Image.Image:
-    """Grey image of `round(probability * (2**bits - 1))`: a probability is value / 255, or / 65535 in 16 bits.
+    """Draw `round(probability * (2**bits - 1))` in grey: a probability is value / 255, or / 65535 in 16 bits.
 
     Args:
         probabilities: `(height, width)` tensor or array of 0 to 1; numbers beyond, as margins of several views can
@@ -116,7 +116,7 @@ def confidence_image(probabilities, bits: int = 8) -> PIL.Image.Image:
 
 
 def draw_confidence(probabilities) -> PIL.Image.Image:
-    """Picture of probabilities of labels, light where they are low, above a scale with their mean.
+    """Draw probabilities of labels, light where they are low, above a scale with their mean.
 
     Args:
         probabilities: As for `confidence_image`.
@@ -158,7 +158,7 @@ def _probabilities(probabilities) -> np.ndarray:
 
 
 def _scale_colors() -> np.ndarray:
-    """`(256, 3)` uint8 RGB from probability 0 to 1.
+    """Return `(256, 3)` uint8 RGB from probability 0 to 1.
 
     Source:
         The inverse of OKLab by its definition, Björn Ottosson, "A perceptual color space for image processing", 2020.
@@ -193,7 +193,7 @@ class SheetRow(NamedTuple):
 def contact_sheet(
     rows: Sequence[SheetRow], colors: list[Color], names: list[str], column_width: int = 320
 ) -> PIL.Image.Image:
-    """Photographs with their true and predicted classes side by side, one below the other, and a legend.
+    """Draw photographs with their true and predicted classes, one below the other, and a legend.
 
     Args:
         rows: From top to bottom, each below its title.
@@ -244,7 +244,7 @@ def _shares(ids: np.ndarray) -> list[tuple[int, float]]:
 
 
 def _ids(segmentation, num_classes: int) -> np.ndarray:
-    """`(height, width)` array of ids below `num_classes`, or 255."""
+    """Return a `(height, width)` array of ids below `num_classes`, or 255."""
     if num_classes > IGNORE_LABEL:
         raise ValueError(
             f"Got {num_classes} classes, needed at most {IGNORE_LABEL}: a palette image holds 8 bits, and "
@@ -263,7 +263,7 @@ def _ids(segmentation, num_classes: int) -> np.ndarray:
 
 
 def _row_maps(row: SheetRow, num_classes: int) -> list[np.ndarray]:
-    """Checked label maps of a row: truth, prediction."""
+    """Return the checked label maps of a row: truth, prediction."""
     maps = [_ids(each, num_classes) for each in (row.truth, row.prediction)]
     if any(each.shape != (row.photo.height, row.photo.width) for each in maps):
         raise ValueError(
@@ -274,7 +274,7 @@ def _row_maps(row: SheetRow, num_classes: int) -> list[np.ndarray]:
 
 
 def _sheet_canvas(blocks: list[tuple[str, list[PIL.Image.Image]]], column_width: int) -> PIL.Image.Image:
-    """Pictures in three columns under their headings, each row under its title."""
+    """Lay pictures out in three columns under their headings, each row under its title."""
     gap = max(4, column_width // 40)
     font_size = max(12, column_width // 22)
     font = PIL.ImageFont.load_default(font_size)

@@ -68,7 +68,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, for callers who need the weights; signature of `ALL_ATTENTION_FUNCTIONS`.
+    """Compute attention written out, for callers who need the weights; signature of `ALL_ATTENTION_FUNCTIONS`.
 
     Returns:
         Context `(batch, queries, heads, head_dim)` and weights `(batch, heads, queries, keys)`.
@@ -84,7 +84,7 @@ def eager_attention_forward(
 def attend(
     module: AttentionModule, query: Tensor, key: Tensor, value: Tensor, dropout: float, output_attentions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Multi-head attention by the implementation that the module's configuration names.
+    """Compute multi-head attention by the implementation that the module's configuration names.
 
     Args:
         module: The layer that the heads belong to.
@@ -108,7 +108,7 @@ def attend(
 
 
 def attend_by_heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention written out for a few heads at a time, so that their weights are still in the cache when they are used.
+    """Compute attention for a few heads at a time, so that their weights are still in the cache when they are used.
 
     Args:
         query: `(batch, heads, queries, head_dim)`.
@@ -219,7 +219,7 @@ class ViTLayer(GradientCheckpointingLayer):
 
 
 def drop_path_rates(last: float, num_layers: int) -> list[float]:
-    """Stochastic depth per layer, growing linearly from 0 to `last`."""
+    """Return the stochastic depth per layer, growing linearly from 0 to `last`."""
     return [last * index / max(num_layers - 1, 1) for index in range(num_layers)]
 
 

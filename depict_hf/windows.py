@@ -73,7 +73,7 @@ def enlarge_to_window(pixel_values: Tensor, window_size: int) -> Tensor:
 
 
 def window_starts(length: int, window_size: int, window_stride: int) -> list[int]:
-    """First pixels of the windows along one side; the last window is flush with the border.
+    """Return the first pixels of the windows along one side; the last window is flush with the border.
 
     Args:
         length: Pixels of the side, at least `window_size`.
@@ -85,7 +85,7 @@ def window_starts(length: int, window_size: int, window_stride: int) -> list[int
 
 
 def window_corners(size: tuple[int, int], window_size: int, window_stride: int) -> list[tuple[int, int]]:
-    """(top, left) pixels of every window on an image of `size` = (height, width), row by row."""
+    """Return (top, left) pixels of every window on an image of `size` = (height, width), row by row."""
     tops, lefts = (window_starts(length, window_size, window_stride) for length in size)
     return [(top, left) for top in tops for left in lefts]
 
@@ -134,7 +134,7 @@ def _axes(
     target_size: tuple[int, int],
     mirrored: bool = False,
 ) -> tuple[Axis, Axis]:
-    """The vertical and the horizontal axis of windows in row-major order, whose logits are `(..., h, w)`."""
+    """Return the vertical and the horizontal axis of windows in row-major order, whose logits are `(..., h, w)`."""
     lefts = tuple(left for top, left in corners if top == corners[0][0])
     tops = tuple(top for top, _ in corners[:: len(lefts)])
     (grid_height, grid_width), (height, width) = logits.shape[-2:], target_size
@@ -166,7 +166,7 @@ class CoarseScores:
         target_size: tuple[int, int],
         mirrored: bool = False,
     ) -> "CoarseScores":
-        """Of windows that cover an image.
+        """Take the scores of windows that cover an image.
 
         Args:
             window_logits: Per corner `(num_labels, h, w)`.
@@ -198,14 +198,14 @@ class Segmentation(NamedTuple):
 
 
 def label_map(views: Sequence[CoarseScores]) -> Tensor:
-    """The labels of `label_views`."""
+    """Return the labels of `label_views`."""
     return label_views(views).labels
 
 
 def label_views(
     views: Sequence[CoarseScores], return_confidence: bool = False, temperature: float = 1.0
 ) -> Segmentation:
-    """The class with the highest score, or with the highest probability over several views, of every pixel.
+    """Find the class with the highest score, or the highest probability over several views, of every pixel.
 
     Full-size scores exist only for a band of rows and columns at a time, in float32. Equal to upsampling everything,
     up to float32 rounding.
@@ -235,7 +235,7 @@ def label_views(
 
 
 def score_bands(views: Sequence[CoarseScores]) -> Iterator[tuple[slice, slice, Iterator[Tensor]]]:
-    """Scores at the size of the image, for a band of rows and columns at a time: all that ever exists of them.
+    """Yield the scores at the size of the image, a band of rows and columns at a time: all that ever exists of them.
 
     Args:
         views: One or several of an image, on one device.
@@ -263,13 +263,13 @@ def score_bands(views: Sequence[CoarseScores]) -> Iterator[tuple[slice, slice, I
 
 
 def _columns_of(mosaic: Tensor, band: Band) -> Tensor:
-    """`(rows, columns, num_labels)` to `(rows, columns of the band, num_labels)`."""
+    """Bring `(rows, columns, num_labels)` to `(rows, columns of the band, num_labels)`."""
     columns = mosaic[:, band.used]
     return columns if band.matrix is None else band.matrix @ columns
 
 
 def _rows_of(strip: Tensor, band: Band) -> Tensor:
-    """`(rows, columns, num_labels)` to `(rows of the band, columns, num_labels)`, which nobody else holds."""
+    """Bring `(rows, columns, num_labels)` to `(rows of the band, columns, num_labels)`, which nobody else holds."""
     rows = strip[band.used]
     return rows.clone() if band.matrix is None else torch.tensordot(band.matrix, rows, dims=1)
 
@@ -293,7 +293,7 @@ def _decide(scores: Iterable[Tensor], return_confidence: bool, temperature: floa
 
 
 def _decide_together(scores: Iterable[Tensor], return_confidence: bool, temperature: float) -> tuple[Tensor, ...]:
-    """As `_decide`, by the average of the probabilities of several views."""
+    """Decide as `_decide` does, by the average of the probabilities of several views."""
     total: Tensor | None = None
     tempered: Tensor | None = None
     num_views = 0

@@ -30,12 +30,12 @@ LEAST_GAIN = 1.2
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Autocast of a recipe's precision."""
+    """Return the autocast of a recipe's precision."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def data_facts(opened) -> DataFacts:
-    """What a plan needs to know of the data that `open_data` opened; some photographs are looked at."""
+    """Return what a plan needs to know of the data that `open_data` opened; some photographs are looked at."""
     samples = opened.samples
     train = samples["train"]
     sides = [min(train[index]["image"].shape[-2:]) for index in spread(len(train), LOOKED_AT)]
@@ -104,7 +104,7 @@ def measure(
 def _choose_precision(
     model: DepictForSemanticSegmentation, square: torch.Tensor, overrides: Sequence[str]
 ) -> tuple[str, str, float]:
-    """Precision, the reason for it, and the seconds that the encoder takes for a square in it."""
+    """Choose the precision; return it, the reason for it, and the seconds that the encoder takes for a square in it."""
     given = [each.partition("=")[2] for each in overrides if each.partition("=")[0].endswith("precision")]
     given = [] if given == ["auto"] else given
     seconds = {}
@@ -128,7 +128,7 @@ def _train_seconds(
     samples: SegmentationDataset,
     device: torch.device,
 ) -> float:
-    """Forward and backward pass for each of two squares, and reading them where no other processor does that."""
+    """Time forward and backward pass for each of two squares, and reading them where no other processor does that."""
     side = recipe.data.crop_size
     trainable = {name: each.requires_grad for name, each in model.named_parameters()}
     if not recipe.model.lora_rank:

@@ -13,7 +13,7 @@ DEFAULT_MINUTES = 60.0
 
 
 def build_parser(prog: str = "python -m training.own_classes") -> argparse.ArgumentParser:
-    """The options of the command; nothing heavy is imported for them."""
+    """Declare the options of the command; nothing heavy is imported for them."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     add_arguments(parser)
     return parser

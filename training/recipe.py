@@ -253,7 +253,7 @@ class Recipe:
         self.images_per_pass(num_processes=1)
 
     def images_per_pass(self, num_processes: int) -> int:
-        """Images in one forward pass of each of `num_processes` processes.
+        """Return the images in one forward pass of each of `num_processes` processes.
 
         Raises:
             ValueError: If `batch_size` does not divide evenly.
@@ -268,7 +268,7 @@ class Recipe:
         return batch_size // passes
 
     def steps_per_epoch(self, num_images: int) -> int:
-        """Optimiser steps in a pass over `num_images`; a last incomplete batch is left out.
+        """Return the optimiser steps in a pass over `num_images`; a last incomplete batch is left out.
 
         Raises:
             ValueError: If there are fewer images than one batch.
@@ -281,12 +281,12 @@ class Recipe:
         return num_images // batch_size
 
     def value(self, name: str) -> Any:
-        """Of the field that `find_field` finds."""
+        """Return the value of the field that `find_field` finds."""
         section, field = find_field(name)
         return getattr(getattr(self, section), field.name)
 
     def replace(self, **changes: Any) -> "Recipe":
-        """The recipe with other values: of fields, by their short names, or its `name`.
+        """Return the recipe with other values: of fields, by their short names, or its `name`.
 
         Raises:
             ValueError: If there is no such field, or a value is out of its range.
@@ -302,7 +302,7 @@ class Recipe:
         return dataclasses.replace(self, **top, **sections)
 
     def override(self, assignments: Sequence[str]) -> "Recipe":
-        """The recipe with fields replaced as texts say: `section.field=value`, or `field=value`.
+        """Return the recipe with fields replaced as texts say: `section.field=value`, or `field=value`.
 
         Tuples are separated by commas; None is "none".
 
@@ -323,7 +323,7 @@ class Recipe:
         return self.replace(**changes)
 
     def __str__(self) -> str:
-        """Every field with its value, as overrides take it, and its meaning, by section."""
+        """List every field with its value, as overrides take it, and its meaning, by section."""
         lines = [self.name]
         for section, kind in SECTIONS.items():
             lines.append(f"\n{section}: {(kind.__doc__ or '').splitlines()[0]}")
@@ -345,7 +345,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 def resolve_precision(recipe: Recipe) -> Recipe:
-    """The recipe with a precision of its own where it was "auto", on the device that this process trains on.
+    """Return the recipe with a precision of its own where it was "auto", on the device that this process trains on.
 
     Raises:
         ValueError: If the precision is fp16 and there is no accelerator.
@@ -362,7 +362,7 @@ def resolve_precision(recipe: Recipe) -> Recipe:
 
 
 def find_field(name: str) -> tuple[str, dataclasses.Field]:
-    """Section and field of a name, `section.field`, or `field` where no other section has one of that name.
+    """Return the section and field of a name, `section.field`, or `field` where no other section has one of that name.
 
     Raises:
         ValueError: If there is none, or there are several.

@@ -103,7 +103,7 @@ def _paper(
     optimization: OptimizationSection,
     **evaluation: Any,
 ) -> Recipe:
-    """What all rows of the paper share; the trained model is evaluated as the published figures were made.
+    """Return what all rows of the paper share; the trained model is evaluated as the published figures were made.
 
     Source:
         segm/config.yml, segm/train.py and segm/eval/miou.py in rstrudel/segmenter@20d1bfa, which DEPICT trains with.
@@ -250,7 +250,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """A recipe by name.
+    """Return a recipe by name.
 
     Raises:
         ValueError: If there is none of that name.

@@ -18,7 +18,7 @@ def setting(
     below: float | None = None,
     choices: Sequence[str] | None = None,
 ) -> Any:
-    """A field of a section.
+    """Declare a field of a section.
 
     Args:
         meaning: What it decides, in a sentence or two, units included.
@@ -45,7 +45,7 @@ class Section:
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """A hint for messages about an unknown name: the most similar one, and all there are."""
+    """Write a hint for messages about an unknown name: the most similar one, and all there are."""
     known = list(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     return f"; did you mean {nearest!r}? Known are {', '.join(known)}"
@@ -67,7 +67,7 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
 
 
 def parse_value(name: str, text: str, hint: Any) -> object:
-    """The value of a type that a text stands for: tuples are separated by commas, None is "none".
+    """Return the value of a type that a text stands for: tuples are separated by commas, None is "none".
 
     Raises:
         ValueError: If the text is no value of that type.
@@ -88,7 +88,7 @@ def parse_value(name: str, text: str, hint: Any) -> object:
 
 
 def text_of(value: object) -> str:
-    """A value as `parse_value` takes it."""
+    """Write a value as `parse_value` takes it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -41,7 +41,7 @@ class Start:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:
-        """Lines on what was kept and what is new."""
+        """Say in lines what was kept and what is new."""
         sizes = {name: value.numel() for name, value in self.model.state_dict().items()}
         config = self.model.config
         lines = [
@@ -54,7 +54,7 @@ class Start:
 
 
 def start_from(source: str, class_names: tuple[str, ...], decoder_type: str | None = None) -> Start:
-    """A model for these classes with everything of the source that does not depend on its own classes.
+    """Return a model for these classes with everything of the source that does not depend on its own classes.
 
     Args:
         source: "default", a folder or Hub name of a model of this package, or of a backbone that `AutoBackbone` knows.
@@ -143,7 +143,7 @@ def _from_backbone(source: str, place: str, config: PreTrainedConfig, labels: di
 
 
 def _normalization(place: str, model_type: str) -> tuple[tuple, tuple, tuple[str, ...]]:
-    """Means and deviations as the backbone's image processor has them, else those usual for its architecture."""
+    """Return means and deviations as the backbone's image processor has them, else those usual for its architecture."""
     path = cached_file(place, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     settings = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
     if "image_mean" in settings and "image_std" in settings:
@@ -153,7 +153,7 @@ def _normalization(place: str, model_type: str) -> tuple[tuple, tuple, tuple[str
 
 
 def _with(config: DepictConfig, fields: dict) -> DepictConfig:
-    """A copy of a configuration with other fields."""
+    """Copy a configuration with other fields."""
     values = {name: value for name, value in config.to_dict().items() if name not in ("num_labels", "auto_map")}
     return DepictConfig.from_dict(values | fields)
 
@@ -166,7 +166,7 @@ def _encoder_name(config: DepictConfig) -> str:
 
 
 def _summary(names: tuple[str, ...], sizes: dict[str, int]) -> str:
-    """Numbers of weights by part, and the names of a few tensors."""
+    """List numbers of weights by part, and the names of a few tensors."""
     if not names:
         return "nothing"
     parts = []

@@ -239,7 +239,7 @@ def _rotate(layer: SubspaceLayer, blocks: int, generator: torch.Generator | None
 
 
 def _random_orthogonal(count: int, size: int, generator: torch.Generator | None) -> Tensor:
-    """Uniformly distributed orthogonal matrices, `(count, size, size)`, float64, on the CPU."""
+    """Draw uniformly distributed orthogonal matrices, `(count, size, size)`, float64, on the CPU."""
     q, r = torch.linalg.qr(torch.randn(count, size, size, generator=generator, dtype=torch.float64))
     # Signs make the distribution uniform; Q of a QR decomposition alone is not.
     return q * r.diagonal(dim1=1, dim2=2).sign()[:, None]

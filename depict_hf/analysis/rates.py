@@ -19,7 +19,7 @@ from .steps import (
 
 
 def coding_rate(tokens: Tensor, epsilon: float = 0.5, normalize: bool = False, groups: Tensor | None = None) -> Tensor:
-    """Coding rate of tokens, R(Z) = 1/2 log det(I + dim / (count epsilon^2) Z^T Z), in nats.
+    """Return the coding rate of tokens, R(Z) = 1/2 log det(I + dim / (count epsilon^2) Z^T Z), in nats.
 
     Eigenvalues of the smaller Gram matrix that its rounding in float64 cannot tell from zero count as zero, so that
     tokens of low rank have the rate of their rank, however long they are. Differentiable.
@@ -70,7 +70,7 @@ def coding_rate(tokens: Tensor, epsilon: float = 0.5, normalize: bool = False, g
 
 
 def compression(tokens: Tensor, projections: Tensor, epsilon: float = 0.5, normalize: bool = False) -> Tensor:
-    """R^c(Z) = sum over heads of R(Z P_h^T), with head_dim in place of dim, in nats.
+    """Return R^c(Z) = sum over heads of R(Z P_h^T), with head_dim in place of dim, in nats.
 
     Args:
         tokens: Z, `(..., count, dim)`.
@@ -127,7 +127,7 @@ def rate_curves(
     normalize: bool = False,
     as_seen: bool = False,
 ) -> RateCurves:
-    """R and R^c over the decoder's layers.
+    """Compute R and R^c over the decoder's layers.
 
     Args:
         epsilon: Allowed distortion.

@@ -178,11 +178,11 @@ class BroadcastStep:
         self.bias = exact(layer.output.bias)
 
     def weights(self, rows: Tensor | None = None) -> Tensor:
-        """The effective map A^T S A. Its rows do not sum to 1: a row's sum is that of the token's column of A."""
+        """Return the effective map A^T S A; its rows do not sum to 1 but to their tokens' columns of A."""
         return self._broadcast(rows) @ self.contraction
 
     def transport(self, rows: Tensor | None = None) -> Tensor:
-        """A^T S (M + s_r A), the map that the layer applies to the projected tokens."""
+        """Return A^T S (M + s_r A), the map that the layer applies to the projected tokens."""
         num_tokens, num_patches = self.values.shape[2], self.grid_size[0] * self.grid_size[1]
         identity = torch.eye(num_patches, dtype=torch.float64, device=self.values.device)
         averaging = pool_adaptively(identity.unflatten(1, self.grid_size)[None], self.size)[0].flatten(1).T

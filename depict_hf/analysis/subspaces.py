@@ -13,7 +13,7 @@ from .steps import exact, projections, read_out
 
 
 def head_gram(projections: Tensor) -> Tensor:
-    """P_h P_g^T of all pairs of heads.
+    """Return P_h P_g^T of all pairs of heads.
 
     Args:
         projections: P, `(heads, head_dim, hidden)`.
@@ -27,7 +27,7 @@ def head_gram(projections: Tensor) -> Tensor:
 
 
 def deviation_from_identity(gram: Tensor, any_scale: bool = False) -> Tensor:
-    """How far a Gram matrix is from that of orthonormal vectors: |G - I| / |I| in the Frobenius norm.
+    """Measure how far a Gram matrix is from that of orthonormal vectors: |G - I| / |I| in the Frobenius norm.
 
     Args:
         gram: G, `(..., n, n)`, symmetric.
@@ -48,7 +48,7 @@ def deviation_from_identity(gram: Tensor, any_scale: bool = False) -> Tensor:
 
 
 def effective_rank(matrix: Tensor) -> Tensor:
-    """Exponential of the entropy of the singular values (not their squares), normalised to sum 1.
+    """Return the exponential of the entropy of the singular values (not their squares), normalised to sum 1.
 
     Args:
         matrix: `(..., rows, columns)`.
@@ -63,7 +63,7 @@ def effective_rank(matrix: Tensor) -> Tensor:
 
 
 def row_basis(matrix: Tensor) -> Tensor:
-    """Orthonormal basis `(rank, dim)` of the span of the rows of `(count, dim)`, float64.
+    """Return an orthonormal basis `(rank, dim)` of the span of the rows of `(count, dim)`, float64.
 
     Directions with less than a millionth of the largest singular value count as rounding: weights and tokens come in
     float32 or less.
@@ -73,7 +73,7 @@ def row_basis(matrix: Tensor) -> Tensor:
 
 
 def overlaps(projections: Tensor) -> Tensor:
-    """Overlap of the heads' subspaces: mean squared cosine of the principal angles between their row spaces.
+    """Return the overlap of the heads' subspaces, the mean squared cosine of the angles between their row spaces.
 
     Args:
         projections: P, `(heads, head_dim, hidden)`.
@@ -89,7 +89,7 @@ def overlaps(projections: Tensor) -> Tensor:
 
 
 def energy_shares(tokens: Tensor, projections: Tensor) -> Tensor:
-    """Share of each token's squared length that lies in each head's subspace, by orthogonal projection onto it.
+    """Return the share of each token's squared length that lies in each head's subspace, projected onto it.
 
     Args:
         tokens: `(..., count, hidden)`.
@@ -131,7 +131,7 @@ class SubspaceStatistics:
 def subspace_statistics(
     model: DepictForSemanticSegmentation, cross: bool = False, draws: int = 8, seed: int = 0
 ) -> list[SubspaceStatistics]:
-    """How orthonormal and incoherent the heads of every layer are, beside random matrices of the same shape.
+    """Say how orthonormal and incoherent the heads of every layer are, beside random matrices of that shape.
 
     Args:
         cross: Whether to look at the cross-attention layers of "ca" instead.
@@ -160,7 +160,7 @@ def subspace_statistics(
 
 @torch.no_grad()
 def class_gram(model: DepictForSemanticSegmentation, recording: Recording, cosines: bool = True) -> Tensor:
-    """Gram matrices of the class tokens along the decoder.
+    """Return the Gram matrices of the class tokens along the decoder.
 
     Args:
         cosines: Whether of the tokens scaled to length 1, so that `deviation_from_identity` measures angles only.
@@ -181,7 +181,7 @@ def class_gram(model: DepictForSemanticSegmentation, recording: Recording, cosin
 
 
 def principal_subspace(tokens: Tensor, dim: int, center: bool = False) -> Tensor:
-    """Orthonormal basis of the subspace of `dim` dimensions that holds most of the tokens' energy.
+    """Return an orthonormal basis of the subspace of `dim` dimensions that holds most of the tokens' energy.
 
     Args:
         tokens: `(count, hidden)`.
@@ -203,7 +203,7 @@ def principal_subspace(tokens: Tensor, dim: int, center: bool = False) -> Tensor
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
-    """Principal angles between the spans of the rows of two matrices.
+    """Return the principal angles between the spans of the rows of two matrices.
 
     Args:
         first: `(m, dim)`.
@@ -268,7 +268,7 @@ def class_subspaces(
 
 @torch.no_grad()
 def principal_colors(tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """The first three principal components of patch tokens as red, green and blue.
+    """Show the first three principal components of patch tokens as red, green and blue.
 
     Each component has the sign that makes its distribution's longer tail positive (positive sum of cubes), which
     neither the order of the tokens nor a rotation of the feature space changes; each is stretched so that its 1 % and

@@ -53,7 +53,7 @@ class Term:
     head: int | None = None
 
     def __str__(self) -> str:
-        """For people, counted from 0 too: "layer 2, head 1", "layer 2, mlp", "encoder"."""
+        """Name the term for people, counted from 0 too: "layer 2, head 1", "layer 2, mlp", "encoder"."""
         if self.layer is None:
             return self.kind
         part = f"head {self.head}" if self.kind == "head" else self.kind
@@ -78,7 +78,7 @@ class Contributions:
     quantity: str
 
     def by_layer(self) -> tuple[tuple[Term, ...], Tensor]:
-        """All that belongs to one layer summed to a term of kind "layer".
+        """Sum all that belongs to one layer to a term of kind "layer".
 
         Returns:
             The fewer terms, and their values `(batch, terms, patches, labels)`.
@@ -179,7 +179,7 @@ def source_contributions(
 def lens(
     model: DepictForSemanticSegmentation, recording: Recording, cross: bool = False, final_classes: bool = False
 ) -> Tensor:
-    """Class scores that would be read after each layer: the decoder's end applied to that layer's tokens.
+    """Read class scores after each layer: apply the decoder's end to that layer's tokens.
 
     The end is the last LayerNorm, cosine and normalisation over the classes, in "mask_transformer" with its
     projections, and in "ca" with all cross-attention layers. Tokens of early layers were never trained to be read.

@@ -83,7 +83,7 @@ def _by_id(names: dict, path: Path) -> list:
 
 
 def class_colors(dataset: str) -> list[tuple[int, int, int]]:
-    """Display colours by class id, RGB in 0 to 255.
+    """Return the display colours by class id, RGB in 0 to 255.
 
     Raises:
         ValueError: If the dataset is none of `datasets()`.
@@ -92,7 +92,7 @@ def class_colors(dataset: str) -> list[tuple[int, int, int]]:
 
 
 def colors_for(id2label: dict[int, str], palette: str = "auto") -> list[tuple[int, int, int]]:
-    """Display colours for a model's classes.
+    """Return the display colours for a model's classes.
 
     Args:
         id2label: Names by class id, as in the model's config.
@@ -120,7 +120,7 @@ def colors_for(id2label: dict[int, str], palette: str = "auto") -> list[tuple[in
 
 
 def find_classes(wanted: str, names: list[str]) -> list[int]:
-    """Ids of classes named in a list such as "road,car".
+    """Return the ids of classes named in a list such as "road,car".
 
     Args:
         wanted: Names between commas. Where a class has several names between commas ("road, route"), any will do.
@@ -145,7 +145,7 @@ def find_classes(wanted: str, names: list[str]) -> list[int]:
 
 
 def distinct_color(index: int) -> tuple[int, int, int]:
-    """Colour number `index` of PASCAL VOC's colour map: the bits of the index, dealt to red, green and blue in turn.
+    """Return colour `index` of PASCAL VOC's colour map: the bits of the index, dealt to red, green and blue in turn.
 
     0 is black; all up to 2^24 differ from each other.
     """

@@ -29,7 +29,7 @@ FIRST_COLOR = (0, 119, 187)
 
 
 def perceived(colors: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
-    """Colours in CIELAB, where distances are about those that people see.
+    """Convert colours to CIELAB, where distances are about those that people see.
 
     Args:
         colors: `(colours, 3)`, RGB in 0 to 255.
@@ -47,7 +47,7 @@ def perceived(colors: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
 
 
 def smallest_distances(colors: Sequence[Sequence[int]] | np.ndarray) -> list[float]:
-    """Distance of the two most similar colours in CIELAB, to normal vision, protanopes and deuteranopes."""
+    """Return the distance of the two most similar colours in CIELAB to normal vision, protanopes and deuteranopes."""
     lab = perceived(colors)
     distances = np.linalg.norm(lab[:, :, None] - lab[:, None], axis=-1)
     distances[:, np.eye(len(colors), dtype=bool)] = np.inf
@@ -70,7 +70,7 @@ def _distinct_colors(count: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:
-    """Colours that are as far apart as can be, for normal and colour-blind eyes alike; always the same ones.
+    """Return colours as far apart as can be, for normal and colour-blind eyes alike; always the same ones.
 
     Each colour is the one whose smallest distance to all before it, over the three kinds of vision, is largest. So the
     first colours are the same however many are wanted.

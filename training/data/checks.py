@@ -35,7 +35,7 @@ def open_samples(
     skip_unreadable: bool = False,
     num_workers: int = 0,
 ) -> SegmentationDataset:
-    """Samples of one split, all of which have been read.
+    """Open the samples of one split and read all of them once.
 
     What was found is printed. It is kept in the cache of `datasets`, so that reading happens once for each state of
     the data, and once for all processes that share that cache.
@@ -72,7 +72,7 @@ def read_split(
     label_column: str | None = None,
     num_workers: int = 0,
 ) -> tuple[SegmentationDataset, Inspection]:
-    """Samples of one split, whose classes are not settled yet, and what reading them showed.
+    """Read the samples of one split, whose classes are not settled yet; return them and what reading showed.
 
     Raises:
         ValueError: If the split does not exist, or its columns are neither given nor found.
@@ -93,7 +93,7 @@ def settle_encoding(
     label_column: str | None = None,
     num_workers: int = 0,
 ) -> tuple[LabelEncoding, str]:
-    """`label_encoding`, but of two classes in masks that hold 0 and 255 only, 255 is the second; and a line on that.
+    """Do as `label_encoding` does, but take 255 in masks of 0 and 255 for the second class; return a line on it, too.
 
     Such masks are those of no other kind: if 255 were ignored, nothing but class 0 would be left in all splits.
 
@@ -130,7 +130,7 @@ def check_split(
     encoding: LabelEncoding,
     skip_unreadable: bool,
 ) -> tuple[SegmentationDataset, list[str]]:
-    """The samples that can be decoded, with their classes, and lines that say what was found.
+    """Return the samples that can be decoded, with their classes, and lines that say what was found.
 
     Raises:
         ValueError: If anything is to be refused; the message has all faults of the split.
@@ -165,7 +165,7 @@ def check_split(
 
 
 def describe_classes(splits: Mapping[str, datasets.Dataset], class_names: Sequence[str]) -> str:
-    """A line on what the dataset was recognised as, and who names its classes."""
+    """Say in a line what the dataset was recognised as, and who names its classes."""
     known = splits if isinstance(splits, Splits) else Splits(splits)
     named = "not named by the dataset, so by the recipe" if known.class_names is None else "named by the dataset"
     listed = ", ".join(f"{index} {name}" for index, name in enumerate(class_names))
@@ -181,7 +181,7 @@ def print_once(text: str) -> None:
 def label_encoding(
     splits: Mapping[str, datasets.Dataset], class_names: Sequence[str], reduce_labels: bool
 ) -> LabelEncoding:
-    """Of a dataset's label maps: what its layout says, else ids of the classes, from 1 with `reduce_labels`.
+    """Say what ids in label maps mean: what the dataset's layout says, else classes, from 1 with `reduce_labels`.
 
     Raises:
         ValueError: If the dataset names other classes, or `reduce_labels` contradicts its layout.
@@ -203,7 +203,7 @@ def _describe_faults(
     class_names: Sequence[str],
     skip_unreadable: bool,
 ) -> str:
-    """What is refused, or an empty text."""
+    """Say what is refused, or return an empty text."""
     parts = []
     of_split = f"of {len(samples)} {{}} of split {samples.split}"
     if found.unreadable and (not skip_unreadable or len(found.unreadable) == len(samples)):
@@ -224,13 +224,13 @@ def _describe_faults(
 
 
 def _lines(messages: Sequence[str]) -> str:
-    """The first of all messages, each on a line of its own, and how many more there are."""
+    """List the first messages, each on a line of its own, and say how many more there are."""
     more = f"\n  and {len(messages) - _SHOWN} more" if len(messages) > _SHOWN else ""
     return "".join(f"\n  {message}" for message in messages[:_SHOWN]) + more
 
 
 def _remedies(meaningless: set[int], present: set[int], class_names: Sequence[str]) -> list[str]:
-    """What probably is the matter with ids that mean nothing, and what to do."""
+    """Say what probably is the matter with ids that mean nothing, and what to do."""
     count = len(class_names)
     meant = sorted(present - {IGNORE_LABEL})
     if meaningless == {count} and 0 not in present:

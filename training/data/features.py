@@ -111,7 +111,7 @@ class FeatureDataset(EpochDataset):
         return {"features": features, "labels": self.samples[index]["labels"], "input_size": input_size}
 
     def read_whole(self, index: int) -> tuple[Tensor, Tensor]:
-        """Features of a whole image and its `input_size`, without its labels, which are decoded from the data."""
+        """Read the features of a whole image and its `input_size`; labels are decoded from the data."""
         with safe_open(self._path(index), framework="pt") as file:
             input_size = torch.tensor(file.get_slice("labels").get_shape())
             return file.get_tensor("plain"), input_size
@@ -159,7 +159,7 @@ class FeatureDataset(EpochDataset):
 
 
 def encode(encoder: nn.Module, pixel_values: Tensor, patch_size: int, autocast: bool) -> Tensor:
-    """Features of one image, on its device.
+    """Compute the features of one image, on its device.
 
     Args:
         encoder: Of the model.
@@ -176,7 +176,7 @@ def encode(encoder: nn.Module, pixel_values: Tensor, patch_size: int, autocast: 
 
 
 def _label_area(labels, area: tuple[int, int, int, int], mirror: bool) -> Tensor:
-    """Labels of the (top, left, bottom, right) pixels of a label map or its mirror image, 255 beyond it, uint8."""
+    """Cut the (top, left, bottom, right) pixels out of a label map or its mirror image, 255 beyond it, uint8."""
     top, left, bottom, right = area
     height, width = labels.get_shape()
     below, beside = max(bottom - height, 0), max(right - width, 0)
@@ -188,7 +188,7 @@ def _label_area(labels, area: tuple[int, int, int, int], mirror: bool) -> Tensor
 def fingerprint(
     encoder: nn.Module, samples: SegmentationDataset, image_processor: DepictImageProcessor, autocast: bool
 ) -> str:
-    """A name for everything that features depend on: weights, data, preparation and precision."""
+    """Return a name for everything that features depend on: weights, data, preparation and precision."""
     digest = hashlib.sha256()
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(name.encode())

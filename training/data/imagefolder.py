@@ -27,14 +27,14 @@ SPLIT_NAMES = {
 
 
 def find_metadata(folder: Path) -> list[Path]:
-    """Its metadata files, unless its README says itself where its data are."""
+    """Find a folder's metadata files, unless its README says itself where its data are."""
     if "configs" in read_readme(folder)[0]:
         return []
     return sorted(path for name in METADATA for path in folder.rglob(name))
 
 
 def load_imagefolder(folder: Path, metadata: list[Path], streaming: bool = False):
-    """Splits by name, as the folders say in which `metadata` or the photographs are.
+    """Load splits by name, as the folders say in which `metadata` or the photographs are.
 
     `datasets` finds splits by words in any file name, and then may leave out a metadata file without telling; here
     only folders count.
@@ -59,7 +59,7 @@ def load_imagefolder(folder: Path, metadata: list[Path], streaming: bool = False
 
 
 def read_text(path: Path) -> str:
-    """Text of a small file, with or without a byte order mark.
+    """Read the text of a small file, with or without a byte order mark.
 
     Raises:
         ValueError: If it is not in UTF-8.
@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
 
 
 def find_class_names(folder: Path) -> tuple[str, ...] | None:
-    """Those in one of `CLASS_FILES` of a folder; None where there is no such file.
+    """Read the names in one of `CLASS_FILES` of a folder; None where there is no such file.
 
     Raises:
         ValueError: If there are several, and they differ, or one cannot be used.
@@ -94,7 +94,7 @@ def _load(folder: Path, data_files: dict[str, list[str]], streaming: bool):
 
 
 def _split_by_folder(folder: Path, dataset: datasets.Dataset) -> dict[str, datasets.Dataset]:
-    """All in "train", unless the paths of photographs begin with the names of splits."""
+    """Put all in "train", unless the paths of photographs begin with the names of splits."""
     column = next(name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image))
     encoded = pa.chunked_array(dataset.with_format("arrow")[column][:])
     paths = pc.struct_field(encoded, "path").to_pylist()
@@ -115,7 +115,7 @@ def _split_by_folder(folder: Path, dataset: datasets.Dataset) -> dict[str, datas
 
 
 def read_readme(folder: Path) -> tuple[dict, str]:
-    """The YAML at the beginning of a folder's README.md, and the text below it; empty where there is none.
+    """Read the YAML at the beginning of a folder's README.md, and the text below it; empty where there is none.
 
     Raises:
         ValueError: If the YAML cannot be read.

@@ -45,13 +45,13 @@ class Inspection:
         return {index for index, _ in self.pixels}
 
     def meaningless(self, encoding: reading.LabelEncoding) -> list[tuple[int, list[int]]]:
-        """Places of label maps with ids that mean nothing, and these ids."""
+        """Find the places of label maps with ids that mean nothing, and these ids."""
         wrong = set(encoding.meaningless(self.all_ids))
         found = ((place, sorted(wrong.intersection(ids))) for place, ids in enumerate(self.ids)) if wrong else ()
         return [(place, ids) for place, ids in found if ids]
 
     def pixels_by_class(self, encoding: reading.LabelEncoding, num_labels: int) -> tuple[list[int], int]:
-        """Pixels of each class, and ignored ones; ids that mean nothing are in neither."""
+        """Count the pixels of each class, and ignored ones; ids that mean nothing are in neither."""
         counts, ignored = [0] * num_labels, 0
         for index, count in self.pixels:
             if encoding.meaningless([index]):
@@ -65,7 +65,7 @@ class Inspection:
 
 
 def inspect_once(samples: SegmentationDataset, num_workers: int = 0) -> Inspection:
-    """`inspect_samples`, or what it found earlier in the same data.
+    """Do as `inspect_samples` does, or return what it found earlier in the same data.
 
     It is read once for each state of the data, and once for all processes that share the cache of `datasets`.
     """
@@ -130,13 +130,13 @@ class _Readings(Dataset):
 
 
 def place_of(samples: SegmentationDataset, index: int) -> str:
-    """A sample's place and name, for messages."""
+    """Name a sample's place and file, for messages."""
     name = name_of(samples.encoded[index][samples.image_column])
     return f"Image {index} of split {samples.split}{f' ({name})' if name else ''}"
 
 
 def count_ids(ids: np.ndarray) -> dict[int, int]:
-    """Pixels of each id that occurs."""
+    """Count the pixels of each id that occurs."""
     if ids.min() >= 0 and ids.max() < 2**16:
         counts = np.bincount(ids.ravel())
         present = counts.nonzero()[0]

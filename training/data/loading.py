@@ -93,7 +93,7 @@ def _load_folder(folder: Path, streaming: bool) -> Splits:
 
 
 def _with_ids(splits: Splits, folder: Path) -> Splits:
-    """The same splits with ids in place of the colours of label maps, where these are files and coloured."""
+    """Return the same splits with ids in place of the colours of label maps, where these are files and coloured."""
     columns, paths = {}, {}
     for name, split in splits.items():
         try:
@@ -120,7 +120,7 @@ def _with_ids(splits: Splits, folder: Path) -> Splits:
 
 
 def _named(splits: Splits) -> Splits:
-    """The same splits with the class names that their features or their README have."""
+    """Return the same splits with the class names that their features or their README have."""
     features = next(iter(splits.values())).features if splits else None
     if splits.class_names is None and features is not None:
         splits.class_names = names_in_features(features)
@@ -130,14 +130,14 @@ def _named(splits: Splits) -> Splits:
 
 
 def _streamed(splits: Splits) -> Splits:
-    """The same splits as streams, in parts that workers can share."""
+    """Return the same splits as streams, in parts that workers can share."""
     return splits.replace(
         {name: split.to_iterable_dataset(num_shards=min(len(split), 64)) for name, split in splits.items()}
     )
 
 
 def get_split(splits: Mapping[str, datasets.Dataset], name: str) -> datasets.Dataset:
-    """One split by name, or a part of it: `train[:80%]`, `train[80%:]`, `train[:100]`.
+    """Return one split by name, or a part of it: `train[:80%]`, `train[80%:]`, `train[:100]`.
 
     Raises:
         ValueError: If the dataset has no such split.
@@ -159,7 +159,7 @@ def get_split(splits: Mapping[str, datasets.Dataset], name: str) -> datasets.Dat
 
 
 def _position(text: str | None, length: int, otherwise: int | None) -> int:
-    """Of a bound of a slice, in percent or images."""
+    """Read a bound of a slice, in percent or images."""
     if text is None:
         return length if otherwise is None else otherwise
     position = round(length * int(text[:-1]) / 100) if text.endswith("%") else int(text)

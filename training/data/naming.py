@@ -25,7 +25,7 @@ def names_in_features(features: datasets.Features) -> tuple[str, ...] | None:
 
 
 def _class_labels(feature: object, name: str = "") -> Iterator[tuple[str, datasets.ClassLabel]]:
-    """All of them with the names of the columns that lead to them."""
+    """Find all features with class names, and the names of the columns that lead to them."""
     if isinstance(feature, datasets.ClassLabel):
         yield name, feature
     elif isinstance(feature, dict):
@@ -53,7 +53,7 @@ def names_in_readme(folder: Path) -> tuple[str, ...] | None:
 
 
 def _numbered(text: str) -> tuple[str, ...] | None:
-    """The only list `0 NAME, 1 NAME, ...` in a text, of three names, or two after a colon; None where there is none.
+    """Find the only list `0 NAME, 1 NAME, ...` in a text, of three names, or two after a colon; else None.
 
     None also where there are several.
     """

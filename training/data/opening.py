@@ -107,7 +107,7 @@ def open_data(
 
 
 def _together(inspections: list[Inspection]) -> Inspection:
-    """Of ids and pixels in all splits; places are meaningless in it."""
+    """Add up ids and pixels of all splits; places are meaningless in the result."""
     pixels: dict[int, int] = {}
     for found in inspections:
         for index, count in found.pixels:
@@ -118,7 +118,7 @@ def _together(inspections: list[Inspection]) -> Inspection:
 def _choose_names(
     splits: Splits, given: Sequence[str] | None, found: Inspection, reduce_labels: bool
 ) -> tuple[tuple[str, ...], str]:
-    """Class names, and in words who gave them.
+    """Choose the class names, and say in words who gave them.
 
     Raises:
         ValueError: If nobody names the classes and ids have gaps or begin at 1, or there is only one.
@@ -161,7 +161,7 @@ def _choose_names(
 
 
 def _pixel_table(names: Sequence[str], samples: dict[str, SegmentationDataset]) -> list[str]:
-    """Share of labelled pixels that each class has in each split, in percent."""
+    """List the share of labelled pixels that each class has in each split, in percent."""
     width = max(len("class"), *map(len, names))
     counts = [count_pixels(each) for each in samples.values()]
     shares = [each.double() / each.sum() for each in counts]
@@ -187,7 +187,7 @@ def _absent_classes(names: Sequence[str], samples: dict[str, SegmentationDataset
 
 
 def _duplicates(read: Sequence[tuple[SegmentationDataset, Inspection]]) -> list[str]:
-    """Photographs that lie in several splits, byte for byte."""
+    """Find photographs that lie in several splits, byte for byte."""
     seen: dict[str, tuple[str, str]] = {}
     found = []
     for own, inspection in read:

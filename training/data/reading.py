@@ -52,24 +52,24 @@ class LabelEncoding:
 
     @classmethod
     def from_table(cls, table: dict[int, int]) -> "LabelEncoding":
-        """By a table from ids to classes, 255 for ignored ones; 255 itself is ignored in any case."""
+        """Make it by a table from ids to classes, 255 for ignored ones; 255 itself is ignored in any case."""
         table = table | {IGNORE_LABEL: IGNORE_LABEL}
         return cls(tuple(table.get(index, -1) for index in range(max(table) + 1)))
 
     @classmethod
     def binary(cls) -> "LabelEncoding":
-        """Of masks of two classes that hold 0 and 255: 255 is class 1, and nothing is ignored."""
+        """Make it for masks of two classes that hold 0 and 255: 255 is class 1, and nothing is ignored."""
         return cls((0, *[-1] * (IGNORE_LABEL - 1), 1))
 
     @classmethod
     def counted(cls, num_labels: int, reduce_labels: bool = False) -> "LabelEncoding":
-        """Ids are the classes; with `reduce_labels` they are the classes plus one, and 0 is ignored."""
+        """Make it for ids that are the classes or, with `reduce_labels`, the classes plus one; 0 is then ignored."""
         if reduce_labels:
             return cls.from_table({0: IGNORE_LABEL} | {index + 1: index for index in range(num_labels)})
         return cls.from_table({index: index for index in range(num_labels)})
 
     def decode(self, ids: np.ndarray) -> Tensor:
-        """Classes of an array of ids, int64.
+        """Return the classes of an array of ids, int64.
 
         Raises:
             ValueError: If an id means nothing; the message says which, and those that do.
@@ -84,11 +84,11 @@ class LabelEncoding:
         return torch.from_numpy(classes)
 
     def meaningless(self, ids: Iterable[int]) -> list[int]:
-        """Those of some ids that mean nothing."""
+        """Return those of some ids that mean nothing."""
         return [each for each in ids if not 0 <= each < len(self.classes) or self.classes[each] < 0]
 
     def refusal(self, wrong: Sequence[int]) -> str:
-        """An error's text on ids that mean nothing."""
+        """Write an error's text on ids that mean nothing."""
         return f"Got label ids {list(wrong[:10])}, needed {self}; check the class names and reduce_labels."
 
     def __str__(self) -> str:
@@ -131,7 +131,7 @@ def read_pair(
 
 
 def read_ids(encoded_image: dict | None, encoded_labels: dict | None) -> tuple[Tensor, np.ndarray]:
-    """As `read_pair`, with the ids of the label map, integers `(height, width)`, whatever they mean.
+    """Read as `read_pair` does, but return the ids of the label map, integers `(height, width)`, whatever they mean.
 
     Raises:
         UnreadableImageError: If one of them cannot be decoded.
@@ -157,7 +157,7 @@ def read_ids(encoded_image: dict | None, encoded_labels: dict | None) -> tuple[T
 
 
 def _sizes_differ(image: Image.Image, labels: Image.Image, encoded_image: dict) -> str:
-    """An error's text, which says whether the photograph's EXIF orientation is the reason."""
+    """Write an error's text, which says whether the photograph's EXIF orientation is the reason."""
     (width, height), (label_width, label_height) = image.size, labels.size
     sizes = (
         f"Got a segmentation map of size ({label_height}, {label_width}) for an image of size ({height}, {width}) "
@@ -176,7 +176,7 @@ def _sizes_differ(image: Image.Image, labels: Image.Image, encoded_image: dict) 
 
 
 def content_hash(encoded: dict) -> str:
-    """A short text that is the same for files of the same bytes, 16 characters.
+    """Return a short text that is the same for files of the same bytes, 16 characters.
 
     Raises:
         OSError: If there is no such file.
@@ -186,12 +186,12 @@ def content_hash(encoded: dict) -> str:
 
 
 def name_of(encoded: dict | None) -> str | None:
-    """Path of an image of a dataset, or its name where the image itself is in the dataset; None where it has none."""
+    """Return the path of an image, or its name where the image itself is in the dataset; None where it has none."""
     return None if encoded is None else encoded["path"]
 
 
 def _reason(encoded: dict | None, error: Exception) -> str:
-    """Why an image cannot be decoded, in a few words without its name."""
+    """Say why an image cannot be decoded, in a few words without its name."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, UnidentifiedImageError) and encoded is not None:
@@ -204,7 +204,7 @@ def _reason(encoded: dict | None, error: Exception) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Increasing numbers in few words: "0 to 4 and 7"."""
+    """Write increasing numbers in few words: "0 to 4 and 7"."""
     parts: list[tuple[int, int]] = []
     for index, number in enumerate(numbers):
         if index and number == numbers[index - 1] + 1:

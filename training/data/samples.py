@@ -74,11 +74,11 @@ class SegmentationDataset(torch.utils.data.Dataset):
         )
 
     def name(self, index: int) -> str:
-        """Path or name of a photograph, or its place in the split where it has none."""
+        """Return the path or name of a photograph, or its place in the split where it has none."""
         return name_of(self.encoded[index][self.image_column]) or f"image {index} of split {self.split}"
 
     def select(self, indices: Iterable[int]) -> "SegmentationDataset":
-        """Some of the samples, in the order of the indices; their pixels are not counted."""
+        """Return some of the samples, in the order of the indices; their pixels are not counted."""
         return SegmentationDataset(
             self.dataset.select(list(indices)),
             self.num_labels,
@@ -89,7 +89,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         )
 
     def without(self, indices: Iterable[int]) -> "SegmentationDataset":
-        """All samples but some; their names are noted in `left_out`."""
+        """Return all samples but some; their names are noted in `left_out`."""
         dropped = set(indices)
         rest = self.select(index for index in range(len(self)) if index not in dropped)
         rest.left_out = (*self.left_out, *(self.name(index) for index in sorted(dropped)))
@@ -110,7 +110,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
 
 def undecoded(dataset, image_column: str, label_column: str):
-    """A dataset or stream of these two columns, whose items have `path` and `bytes` instead of images."""
+    """Return a dataset or stream of these two columns, whose items have `path` and `bytes` instead of images."""
     dataset = dataset.select_columns([image_column, label_column])
     for column in (image_column, label_column):
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
@@ -118,7 +118,7 @@ def undecoded(dataset, image_column: str, label_column: str):
 
 
 def digest(rows: Iterable[dict[str, dict | None]]) -> str:
-    """A number for the contents of images and label maps, wherever they lie and whenever they were written.
+    """Return a number for the contents of images and label maps, wherever they lie and whenever they were written.
 
     Args:
         rows: Of `undecoded`.
@@ -143,7 +143,7 @@ def digest(rows: Iterable[dict[str, dict | None]]) -> str:
 def read_sample(
     encoded_image: dict | None, encoded_labels: dict | None, encoding: LabelEncoding, where: str
 ) -> dict[str, Tensor]:
-    """An item of `SegmentationDataset` from its undecoded columns; errors begin with `where` and the image's name.
+    """Decode an item of `SegmentationDataset` from its columns; errors begin with `where` and the image's name.
 
     Raises:
         UnreadableImageError: If the photograph or its label map cannot be decoded.
@@ -160,7 +160,7 @@ def read_sample(
 
 
 def count_pixels(samples: SegmentationDataset) -> Tensor:
-    """Labelled pixels of each class over all label maps, `(num_labels,)` int64."""
+    """Count the labelled pixels of each class over all label maps, `(num_labels,)` int64."""
     if samples.pixels is not None:
         return samples.pixels
     counts = torch.zeros(samples.num_labels, dtype=torch.long)
@@ -171,7 +171,7 @@ def count_pixels(samples: SegmentationDataset) -> Tensor:
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
-    """Randomness of one sample in one epoch, the same in whichever process and order samples are read."""
+    """Return the randomness of one sample in one epoch, the same in whichever process and order samples are read."""
     state = np.random.SeedSequence([seed, epoch, index]).generate_state(1)
     return torch.Generator().manual_seed(int(state[0]))
 

@@ -18,7 +18,7 @@ SHARES = {"train": 0.70, "validation": 0.15, "test": 0.15}
 
 
 def complete_splits(splits: Splits, image_column: str | None = None, label_column: str | None = None) -> Splits:
-    """The same dataset with the splits "train", "validation" and "test", and notes on how they came about.
+    """Return the same dataset with the splits "train", "validation" and "test", and notes on how they came about.
 
     Of a dataset of one split, 70 % become "train", 15 % "validation" and 15 % "test". Each photograph's split follows
     from a hash of its name, so that it stays the same when others are added. Where one of the three would be empty,
@@ -60,7 +60,7 @@ def complete_splits(splits: Splits, image_column: str | None = None, label_colum
 
 
 def assign(keys: list[str], shares: dict[str, float]) -> list[str]:
-    """A split for each key, by the key alone unless a split would be empty.
+    """Choose a split for each key, by the key alone unless a split would be empty.
 
     Args:
         keys: Names, which should differ.
@@ -97,7 +97,7 @@ def _divide(
 
 
 def _keys(dataset: datasets.Dataset, image_column: str, label_column: str, folder: Path | None) -> list[str]:
-    """What tells photographs apart wherever they lie: paths in their folder, else names, else their contents."""
+    """Return what tells photographs apart wherever they lie: paths in their folder, else names, else contents."""
     encoded = undecoded(dataset, image_column, label_column)
     column = pa.chunked_array(encoded.with_format("arrow")[image_column][:])
     paths = pc.struct_field(column, "path").to_pylist()
@@ -109,7 +109,7 @@ def _keys(dataset: datasets.Dataset, image_column: str, label_column: str, folde
 
 
 def _relative(path: Path, folder: Path | None) -> str:
-    """Path in a folder without suffix; the name alone where it lies elsewhere."""
+    """Return a path in a folder without suffix; the name alone where it lies elsewhere."""
     for root in () if folder is None else (Path(os.path.abspath(folder)), folder.resolve()):
         if root in Path(os.path.abspath(path)).parents:
             return Path(os.path.abspath(path)).relative_to(root).with_suffix("").as_posix()

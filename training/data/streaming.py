@@ -86,7 +86,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
         return self.images_per_epoch
 
     def loader(self, num_workers: int, pin_memory: bool = False) -> DataLoaderShard:
-        """Batches of this process alone, which `accelerate` needs not divide any more.
+        """Load batches of this process alone, which `accelerate` needs not divide any more.
 
         Args:
             num_workers: No more are started than there are files for this process.
@@ -106,7 +106,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
             yield self.augmentation(sample["image"], sample["labels"], generator)
 
     def _samples(self) -> Iterator[dict[str, Tensor]]:
-        """All samples of this worker's part, again and again."""
+        """Yield all samples of this worker's part, again and again."""
         while True:
             empty = True
             for row in self.stream:
@@ -127,7 +127,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
 def stream_columns(
     stream: datasets.IterableDataset, image_column: str | None = None, label_column: str | None = None
 ) -> tuple[str, str]:
-    """As `find_columns`, of a stream.
+    """Do as `find_columns` does, of a stream.
 
     Raises:
         ValueError: If its columns are not known before it is read, or neither given nor found.
@@ -173,7 +173,7 @@ def check_stream(
 
 
 def count_images(stream: datasets.IterableDataset, split: str, given: int | None) -> int:
-    """Images of a streamed split: as given, else as the dataset says.
+    """Return the number of images of a streamed split: as given, else as the dataset says.
 
     Raises:
         ValueError: If neither says.
@@ -188,7 +188,7 @@ def count_images(stream: datasets.IterableDataset, split: str, given: int | None
 
 
 def store(stream: datasets.IterableDataset, split: str) -> datasets.Dataset:
-    """A whole split of a stream, kept in the cache of `datasets`: evaluation needs each image, and each once."""
+    """Store a whole split of a stream in the cache of `datasets`: evaluation needs each image, and each once."""
     features = stream.features
     return datasets.Dataset.from_generator(
         _encoded_rows, features=features, gen_kwargs={"stream": stream}, split=datasets.NamedSplit(split)

@@ -60,7 +60,7 @@ class Corruption:
 
 
 def parse_corruptions(specifications: Iterable[str], severities: Iterable[int] = SEVERITIES) -> list[Corruption]:
-    """Corruptions of a command line: `NAME:SEVERITY`, `NAME` for all of `severities`, `all` for every kind.
+    """Return the corruptions of a command line: `NAME:SEVERITY`, `NAME` for all of `severities`, `all` for every kind.
 
     Raises:
         ValueError: If one is unknown, or its severity is not a whole number from 1 to 5.
@@ -159,7 +159,7 @@ def fog(image: Tensor, clouds: tuple[float, float], generator: torch.Generator) 
 
 
 def cloud_map(size: int, decay: float, generator: torch.Generator) -> Tensor:
-    """Random fractal clouds from 0 to 1, by the diamond-square algorithm on a torus.
+    """Draw random fractal clouds from 0 to 1, by the diamond-square algorithm on a torus.
 
     Returns:
         `(side, side)`, side the smallest power of two from `size` up, and at least 2.
@@ -223,7 +223,7 @@ CORRUPTIONS: dict[str, tuple[Callable[..., Tensor], tuple]] = {
 
 
 def _gaussian_kernel(sigma: float, radius: int) -> Tensor:
-    """`(2 * radius + 1,)`, sum 1."""
+    """Return a Gaussian `(2 * radius + 1,)` of sum 1."""
     weights = torch.exp(-(torch.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
     return weights / weights.sum()
 

@@ -55,7 +55,7 @@ def wait_for(device: torch.device | str) -> None:
 
 
 def peak_extra_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int | None:
-    """Highest memory use during a call, above the use before it.
+    """Return the highest memory use during a call, above the use before it.
 
     On CUDA it is what tensors occupy. On the CPU it is the resident memory of the process as the kernel keeps it,
     after free memory was handed back; None where there is no Linux kernel to ask.
@@ -79,7 +79,7 @@ def peak_extra_bytes(function: Callable[[], object], device: torch.device | str 
 
 
 def peak_resident_bytes() -> int | None:
-    """Highest resident memory of this process so far; None where there is no Linux kernel to ask."""
+    """Return the highest resident memory of this process so far; None where there is no Linux kernel to ask."""
     return _status_bytes("VmHWM") if Path("/proc/self/status").exists() else None
 
 
@@ -98,7 +98,7 @@ def _status_bytes(field: str) -> int:
 
 
 def count_flops(function: Callable[[], object]) -> int:
-    """Floating-point operations of a call's matrix products, convolutions and attention; a product and a sum are two.
+    """Count the operations of a call's matrix products, convolutions and attention; a product and a sum are two.
 
     Pointwise work, normalisation, softmax and interpolation are not counted. PyTorch's own counter leaves the CPU's
     fused attention out; here it counts like the others: two products forward, five backward.
@@ -124,14 +124,14 @@ def _attention_backward_flops(
 
 
 def matrix_product(dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Callable[[], Tensor], int]:
-    """A large square matrix product, to time, and its FLOPs."""
+    """Return a large square matrix product, to time, and its FLOPs."""
     size = MATRIX_SIZE[torch.device(device).type]
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     return lambda: left @ right, 2 * size**3
 
 
 def log_slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """Exponent p of the least-squares fit `cost = c * size ** p`, over the logarithms.
+    """Fit the exponent p of `cost = c * size ** p` by least squares over the logarithms.
 
     Raises:
         ValueError: If there are fewer than two different sizes.

@@ -87,7 +87,7 @@ class MeanIoU:
         self.confusion = self.confusion.to(counts.device) + counts
 
     def count(self, prediction: Tensor, reference: Tensor) -> Tensor:
-        """Confusion matrix of one image, not yet added; like the attribute, on the device of the label map.
+        """Count the confusion matrix of one image, not yet added; like the attribute, on the device of the label map.
 
         Args:
             prediction: `(height, width)`, integer. Two maps of uint8 are several times as fast as others.
@@ -99,7 +99,7 @@ class MeanIoU:
         return self._count(*self._check_pair(0, prediction, reference))
 
     def compute(self) -> Scores:
-        """Results over everything added since the start or the last `reset`; it may be called while counting.
+        """Compute the results over everything added since the start or the last `reset`; more may be added later.
 
         Returns:
             As `scores`.
@@ -142,7 +142,7 @@ class MeanIoU:
 
 
 def scores(confusion: Tensor) -> Scores:
-    """Results of a confusion matrix as `MeanIoU` keeps it, of a dataset or of one image.
+    """Compute the results of a confusion matrix as `MeanIoU` keeps it, of a dataset or of one image.
 
     Returns:
         `mean_iou`, `mean_accuracy` and `overall_accuracy`, fractions, NaN without any labelled pixel;
@@ -202,13 +202,13 @@ class EvaluateMeanIoU:
         self.metric.add_batch(**{name: [each] for name, each in zip(("predictions", "references"), maps, strict=True)})
 
     def compute(self) -> Scores:
-        """Results as of `scores`."""
+        """Return the results as of `scores`."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return self.metric.compute(**self.arguments)
 
 
 def largest_difference(results: Mapping[str, Any], others: Mapping[str, Any]) -> float:
-    """Over all numbers of two results of `scores`; infinite where one is NaN (or None) and the other is not."""
+    """Compare all numbers of two results of `scores`; infinite where one is NaN (or None) and the other is not."""
     differences = [0.0]
     for key, values in results.items():
         ours, theirs = (np.atleast_1d(np.asarray(each, dtype=np.float64)) for each in (values, others[key]))
@@ -238,7 +238,7 @@ def compare_metrics(record: dict, results: Mapping[str, Any], source: str) -> di
 
 
 def _distinct_pairs(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of values that occur at one place of two uint8 tensors, int64, and how often each does."""
+    """Return the pairs of values that occur at one place of two uint8 tensors, int64, and how often each does."""
     counts = torch.bincount((first.int() * 256 + second).flatten(), minlength=256 * 256)
     pairs = counts.nonzero().squeeze(1)
     return pairs // 256, pairs % 256, counts[pairs]

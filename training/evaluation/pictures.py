@@ -16,7 +16,7 @@ COLUMN_WIDTH = 480
 def sample_picture(
     image: Tensor, labels: Tensor, prediction: Tensor, title: str, id2label: dict[int, str]
 ) -> PIL.Image.Image:
-    """One photograph, its label map and the predicted one, above a legend of the classes that occur.
+    """Draw one photograph, its label map and the predicted one, above a legend of the classes that occur.
 
     Args:
         image: uint8 `(3, ., .)`, of any size.

@@ -49,7 +49,7 @@ def draw_curves(history: Sequence[Mapping], path: Path) -> bool:
 
 
 def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential averages of all values so far, of which the last counts `1 - weight`, corrected for the beginning."""
+    """Average exponentially all values so far, the last of which counts `1 - weight`, corrected for the beginning."""
     average, total, smooth = 0.0, 0.0, []
     for value in values:
         average, total = weight * average + (1 - weight) * value, weight * total + 1 - weight
@@ -67,7 +67,7 @@ def render_report(
     stages: Sequence[tuple[str, object]],
     run: Mapping,
 ) -> str:
-    """The report in Markdown.
+    """Write the report in Markdown.
 
     Args:
         record: Of `evaluate`, on the test split, with `model`, `dataset` and `split`.

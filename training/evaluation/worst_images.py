@@ -79,7 +79,7 @@ class WorstImages:
         self.images = sorted([*self.images, *images], key=lambda each: (each.mean_iou, each.index))[: self.count]
 
     def sheet(self, titles: list[str], colors: list[Color], names: list[str]) -> PIL.Image.Image:
-        """Contact sheet, worst first.
+        """Draw the contact sheet, worst first.
 
         Args:
             titles: Of the kept images, in their order; their figures are added.

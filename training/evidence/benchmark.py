@@ -82,12 +82,12 @@ def _ratio(value: float | None, reference: float | None) -> float | None:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free for tensors now."""
+    """Return the memory that is free for tensors now, in bytes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def tasks(args: argparse.Namespace) -> Iterator[Task]:
-    """What the command line asks for; models live only as long as their task."""
+    """Yield what the command line asks for; models live only as long as their task."""
     device = torch.device(args.device)
     dtypes = [DTYPES[name] for name in args.dtypes]
     for decoder_type in args.decoders:
@@ -119,7 +119,7 @@ HEADER = (
 
 
 def render(record: dict) -> str:
-    """Lines of the table, one for each side."""
+    """Write the lines of the table, one for each side."""
     lines: list[str] = []
     for name, side in record["sides"].items():
         height, width = record["size"]
@@ -140,7 +140,7 @@ def _number(value: float | None, decimals: int, factor: float = 1.0, unit: str =
 
 
 def machine(device: torch.device) -> str:
-    """The processor that computes."""
+    """Name the processor that computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"

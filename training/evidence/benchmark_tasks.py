@@ -73,7 +73,7 @@ class Task:
 def build_model(
     encoder: str, decoder_type: str, num_labels: int, device: torch.device, window_size: int | None = None
 ) -> DepictForSemanticSegmentation:
-    """A model with random weights, the same at every call, without dropout and in evaluation mode.
+    """Build a model with random weights, the same at every call, without dropout and in evaluation mode.
 
     Args:
         window_size: Pixels of the windows that larger images are cut into, which overlap as published.
@@ -88,7 +88,7 @@ def build_model(
 def in_dtypes(
     model: DepictForSemanticSegmentation, dtypes: Sequence[torch.dtype]
 ) -> dict[str, DepictForSemanticSegmentation]:
-    """The model under the name of each dtype, float32 itself and copies otherwise."""
+    """Return the model under the name of each dtype, float32 itself and copies otherwise."""
     return {
         f"{OURS} {dtype_name(dtype)}": model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
         for dtype in dtypes
@@ -100,14 +100,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def random_photo(height: int, width: int) -> np.ndarray:
-    """A smooth random photograph, `(height, width, 3)` uint8, the same at every call."""
+    """Draw a smooth random photograph, `(height, width, 3)` uint8, the same at every call."""
     noise = torch.rand(1, 3, 12, 16, generator=torch.Generator().manual_seed(0)) * 255
     photo = F.interpolate(noise, size=(height, width), mode="bicubic").clamp(0, 255)
     return photo[0].permute(1, 2, 0).to(torch.uint8).contiguous().numpy()
 
 
 def attention_bytes(config: DepictConfig, size: tuple[int, int], batch: int) -> int:
-    """Bytes of the largest matrix of attention weights that the straightforward way forms, float32."""
+    """Return the bytes of the largest matrix of attention weights that the straightforward way forms, float32."""
     tokens = (size[0] // config.patch_size) * (size[1] // config.patch_size) + 1
     largest = config.num_attention_heads * tokens**2
     if config.decoder_type in ("sa", "mask_transformer"):
@@ -122,7 +122,7 @@ def end_to_end(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Task:
-    """Photographs in memory to label maps at their own size, by windows.
+    """Time photographs in memory to label maps at their own size, by windows.
 
     Args:
         models: Ours, by name; the first one's weights are the reference's.
@@ -152,7 +152,7 @@ def end_to_end(
 
 
 def _export(model: DepictForSemanticSegmentation, image_processor: DepictImageProcessor):
-    """The model in ONNX Runtime."""
+    """Return the model in ONNX Runtime."""
     from depict_hf.export import export_model
     from depict_hf.onnx_backend import load_onnx
 
@@ -162,7 +162,7 @@ def _export(model: DepictForSemanticSegmentation, image_processor: DepictImagePr
 
 
 def stages(models: dict[str, DepictForSemanticSegmentation], size: int, batch: int) -> list[Task]:
-    """Forward pass to logits on the patch grid, its encoder and decoder alone, and logits to label maps."""
+    """Time the forward pass to logits on the patch grid, encoder and decoder alone, and logits to label maps."""
     model = next(iter(models.values()))
     straightforward = StraightforwardModel(model)
     images = torch.randn(batch, 3, size, size, device=model.device)
@@ -201,7 +201,7 @@ def stages(models: dict[str, DepictForSemanticSegmentation], size: int, batch: i
 
 
 def training_step(model: DepictForSemanticSegmentation, size: int, batch: int) -> Task:
-    """Forward pass, loss, backward pass, and the step of the recipes' SGD, float32; returns the loss."""
+    """Time forward pass, loss, backward pass, and the step of the recipes' SGD, float32; the task returns the loss."""
     images = torch.randn(batch, 3, size, size, device=model.device)
     labels = torch.randint(0, model.config.num_labels, (batch, size, size), device=model.device)
     ours, reference = copy.deepcopy(model).train(), copy.deepcopy(model).train()
@@ -219,7 +219,7 @@ def training_step(model: DepictForSemanticSegmentation, size: int, batch: int) -
 
 
 def other_models(model: DepictForSemanticSegmentation, size: int, batch: int) -> Task:
-    """Normalised images to label maps of the same size: ours, then transformers' models with random weights."""
+    """Time normalised images to label maps of the same size: ours, then transformers' models with random weights."""
     images = torch.randn(batch, 3, size, size, device=model.device)
     targets = [(size, size)] * batch
     sides = {f"{OURS} {model.config.decoder_type}": Side(_to_maps(model, DepictImageProcessor(), images, targets))}
@@ -230,7 +230,7 @@ def other_models(model: DepictForSemanticSegmentation, size: int, batch: int) ->
 
 
 def _build_others(num_labels: int, size: int) -> dict[str, tuple[nn.Module, object]]:
-    """Models of the published sizes with their image processors, by name; EoMT only where scipy, for its loss, is."""
+    """Build models of the published sizes with image processors, by name; EoMT only where scipy, for its loss, is."""
     labels = {"id2label": {index: str(index) for index in range(num_labels)}}
     b2 = {"depths": [3, 4, 6, 3], "hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 768}
     segformer_processor = transformers.SegformerImageProcessor()

@@ -86,7 +86,7 @@ class ComparisonData:
 
 
 def comparison_recipe(decoder_type: str, backbone: str | None, overrides: Sequence[str]) -> Recipe:
-    """The recipe of `decoder_type`: CamVid's, with crops of 224 pixels.
+    """Return the recipe of `decoder_type`: CamVid's, with crops of 224 pixels.
 
     Raises:
         ValueError: If an override is none of the fields that a comparison uses.
@@ -102,7 +102,7 @@ def comparison_recipe(decoder_type: str, backbone: str | None, overrides: Sequen
 
 
 def load_data(recipe: Recipe, dataset: str, folder: Path) -> ComparisonData:
-    """Features of the recipe's splits, computed into `folder` where it does not hold them.
+    """Load features of the recipe's splits, computed into `folder` where it does not hold them.
 
     Raises:
         OSError: If the dataset or the encoder cannot be loaded.
@@ -127,7 +127,7 @@ def load_data(recipe: Recipe, dataset: str, folder: Path) -> ComparisonData:
 
 
 def training_batches(num_images: int, batch_size: int, steps: int, seed: int) -> Iterator[tuple[int, list[int]]]:
-    """Epoch and image indices of each step; every epoch a new order, its last incomplete batch left out."""
+    """Return the epoch and image indices of each step; every epoch a new order, its last incomplete batch left out."""
     steps_per_epoch = num_images // batch_size
     for step in range(steps):
         epoch, batch = divmod(step, steps_per_epoch)
@@ -166,7 +166,7 @@ def train_decoder(recipe: Recipe, steps: int, training: FeatureDataset) -> tuple
 
 @torch.inference_mode()
 def evaluate_decoder(decoder: DecoderOnFeatures, split: EvaluationSplit) -> dict:
-    """Single-scale mIoU at the photographs' own size, float32, by the protocol of `depict_hf.inference.segment`.
+    """Return the single-scale mIoU at the photographs' own size, float32, as `depict_hf.inference.segment` predicts.
 
     Returns:
         `mean_iou` and, by class name, `per_class_iou`, fractions; None for a class that occurs nowhere.
@@ -191,7 +191,7 @@ def predict(decoder: DecoderOnFeatures, features: Tensor, input_size: Tensor, si
 
 
 def run_once(recipe: Recipe, steps: int, data: ComparisonData, path: Path, with_test: bool) -> dict:
-    """The record of one run: read from `path` if it is there, else made and written, in one piece.
+    """Return the record of one run: read from `path` if it is there, else made and written, in one piece.
 
     Raises:
         ValueError: If the file comes from a run with other settings.
@@ -236,7 +236,7 @@ def check_settings(found: dict, needed: dict, path: Path) -> None:
 
 
 def settings_hash(settings: dict) -> str:
-    """A short name for the settings of a run."""
+    """Return a short name for the settings of a run."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -259,7 +259,7 @@ def compare_decoder(
 
 
 def measure_costs(recipes: dict[str, Recipe], grid_size: tuple[int, int], repetitions: int = 15) -> dict:
-    """Parameters, arithmetic and time of decoders on one whole image.
+    """Measure parameters, arithmetic and time of decoders on one whole image.
 
     Args:
         recipes: By decoder type.

@@ -13,7 +13,7 @@ VARYING = ("decoder_type", "learning_rate", "seed")
 
 
 def load_runs(folder: Path) -> list[dict]:
-    """The records of all finished runs, by file name; `trial` tells the ones that chose a learning rate.
+    """Return the records of all finished runs, by file name; `trial` tells the ones that chose a learning rate.
 
     Raises:
         FileNotFoundError: If there are none.
@@ -25,7 +25,7 @@ def load_runs(folder: Path) -> list[dict]:
 
 
 def build_report(runs: Sequence[dict], costs: dict) -> dict:
-    """Everything that table and plot show.
+    """Gather everything that table and plot show.
 
     Args:
         runs: As `load_runs` gives them.
@@ -64,7 +64,7 @@ def build_report(runs: Sequence[dict], costs: dict) -> dict:
 
 
 def summarize_decoder(name: str, runs: Sequence[dict]) -> dict:
-    """Learning rate and its trials, and validation and test mIoU over the seeds of one decoder."""
+    """Return the learning rate and its trials, and validation and test mIoU over the seeds of one decoder."""
     own = [run for run in runs if run["settings"]["decoder_type"] == name]
     trials = {f"{run['settings']['learning_rate']:g}": run["validation"]["mean_iou"] for run in own if run["trial"]}
     seeds = [run for run in own if not run["trial"]]
@@ -88,7 +88,7 @@ def class_labels(runs: Sequence[dict]) -> list[str]:
 
 
 def scores_by_seed(name: str, runs: Sequence[dict]) -> dict[int, float]:
-    """Test mIoU by seed."""
+    """Return the test mIoU by seed."""
     return {
         run["settings"]["seed"]: run["test"]["mean_iou"]
         for run in runs
@@ -97,12 +97,12 @@ def scores_by_seed(name: str, runs: Sequence[dict]) -> dict[int, float]:
 
 
 def mean_and_deviation(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and sample standard deviation; None where one value has none."""
+    """Return the mean and sample standard deviation; None where one value has none."""
     return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def paired_difference(first: dict[int, float], second: dict[int, float]) -> dict:
-    """`first` minus `second` over the seeds that both have: each, their mean, and its 95 % interval by Student's t.
+    """Subtract `second` from `first` by common seeds: each, their mean, and its 95 % interval by Student's t.
 
     The interval is None below two common seeds, and a single point where all differences are the same.
     """
@@ -116,7 +116,7 @@ def paired_difference(first: dict[int, float], second: dict[int, float]) -> dict
 
 
 def t_quantile(freedom: int, confidence: float = 0.95) -> float:
-    """Two-sided quantile of Student's t: between minus this and this lies `confidence` of the distribution.
+    """Return the two-sided quantile of Student's t: between minus this and this lies `confidence` of the distribution.
 
     Args:
         freedom: Degrees of freedom, at least 1.
@@ -133,7 +133,7 @@ def t_quantile(freedom: int, confidence: float = 0.95) -> float:
 
 
 def compared_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """ "sa" with every other decoder, and the other DEPICT decoder with Segmenter's."""
+    """Pair "sa" with every other decoder, and the other DEPICT decoder with Segmenter's."""
     pairs = [("sa", name) for name in names if name != "sa"] if "sa" in names else []
     return pairs + [("ca", BASELINE)] * ("ca" in names and BASELINE in names)
 
@@ -143,7 +143,7 @@ def is_claim(difference: dict) -> bool:
 
 
 def judge_claim(difference: dict, decoders: dict) -> dict:
-    """The claim for one DEPICT decoder.
+    """Judge the claim for one DEPICT decoder.
 
     Returns:
         `decoder`; `parameter_ratio` to Segmenter's; `smaller`, whether that is under a tenth; `accuracy`: "supported"
@@ -160,7 +160,7 @@ def judge_claim(difference: dict, decoders: dict) -> dict:
 
 
 def render_markdown(report: dict) -> str:
-    """The report's tables and what they say of the claim; IoU in percent."""
+    """Write the report's tables and what they say of the claim; IoU in percent."""
     settings, measured = report["settings"], report["costs_measured_on"]
     grid = "x".join(map(str, measured["grid_size"]))
     most = max(len(decoder["seeds"]) for decoder in report["decoders"].values())
@@ -267,7 +267,7 @@ def with_deviation(summary: dict) -> str:
 
 
 def plot_report(report: dict, path: Path) -> None:
-    """Test mIoU against decoder parameters, and the training loss, as one picture file.
+    """Plot test mIoU against decoder parameters, and the training loss, as one picture file.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -309,7 +309,7 @@ def plot_report(report: dict, path: Path) -> None:
 
 
 def block_means(losses: Sequence[float], blocks: int = 40) -> tuple[list[int], list[float]]:
-    """Last step and mean of each of at most `blocks` parts of about equal length."""
+    """Return the last step and mean of each of at most `blocks` parts of about equal length."""
     length = -(-len(losses) // blocks)
     starts = range(0, len(losses), length)
     return (

@@ -43,7 +43,7 @@ class TrainingCost:
         return self.flops_before + self.flops_per_step * self.steps
 
     def gpu_hours(self, precision: str) -> float:
-        """Estimated hours of one A100 SXM in a precision of `ASSUMED_RATES`; evaluation and waiting for data excluded.
+        """Estimate hours of one A100 SXM in a precision of `ASSUMED_RATES`, without evaluation and waiting for data.
 
         Raises:
             ValueError: If there is no rate for the precision.
@@ -87,7 +87,7 @@ def _training_images(recipe: Recipe) -> int:
 
 
 def _meta_model(recipe: Recipe) -> DepictForSemanticSegmentation:
-    """The recipe's model without weights, in training mode, with attention written out so that all of it counts."""
+    """Build the recipe's model without weights, in training mode, attention written out so that all of it counts."""
     fields = {"decoder_type": recipe.model.decoder_type, "num_labels": len(recipe.data.class_names)}
     if recipe.model.encoder is not None:
         config = DepictConfig.from_preset(recipe.model.encoder, image_size=recipe.data.crop_size, **fields)
@@ -109,7 +109,7 @@ def _meta_model(recipe: Recipe) -> DepictForSemanticSegmentation:
 
 
 def cost_table() -> str:
-    """FLOPs and estimated hours of every recipe."""
+    """List FLOPs and estimated hours of every recipe."""
     assumptions = "; ".join(
         f"{name} {share:.0%} of {peak / 1e12:g} TFLOP/s" for name, (peak, share) in ASSUMED_RATES.items()
     )

@@ -55,14 +55,14 @@ def measure_exponents(
 
 
 def part_flops(config: DepictConfig, part: str, grids: Sequence[tuple[int, int]]) -> list[int]:
-    """FLOPs of the "decoder" or the "whole model" on one image of each grid, (height, width) in patches."""
+    """Return the FLOPs of the "decoder" or the "whole model" on one image of each grid, (height, width) in patches."""
     with torch.device("meta"):
         model = DepictForSemanticSegmentation(config).eval()
     return [count_flops(_call(model, part, grid_size)) for grid_size in grids]
 
 
 def _call(model: DepictForSemanticSegmentation, part: str, grid_size: tuple[int, int]) -> Callable[[], None]:
-    """A call of the model's part on random input that covers the grid."""
+    """Return a call of the model's part on random input that covers the grid."""
     config = model.config
     if part == "decoder":
         inputs = torch.randn(1, grid_size[0] * grid_size[1], config.hidden_size, device=model.device)
@@ -78,7 +78,7 @@ def _call(model: DepictForSemanticSegmentation, part: str, grid_size: tuple[int,
 
 
 def render_exponents(record: dict) -> str:
-    """A table of milliseconds and GFLOP by size, with the fitted exponents."""
+    """Write a table of milliseconds and GFLOP by size, with the fitted exponents."""
     columns = "".join(f"{size:>10}" for size in record["sizes"])
     lines = [
         f"{'square of pixels':<33}{columns}{'exponent':>10}",

@@ -61,7 +61,7 @@ def compare_models(arguments: argparse.Namespace, corruptions: Sequence[Corrupti
 
 
 def summarize(clean: dict, corruptions: Sequence[dict]) -> dict:
-    """Means of the mean IoU of one model.
+    """Return the means of the mean IoU of one model.
 
     Args:
         clean: Its record without corruption.
@@ -81,7 +81,7 @@ def summarize(clean: dict, corruptions: Sequence[dict]) -> dict:
 
 
 def render_comparison(record: dict) -> str:
-    """Mean IoU of the models of `compare_models` side by side, in percent, corruptions by the mean over severities."""
+    """Lay the mean IoU of compared models side by side, in percent, corruptions by the mean over severities."""
     models = list(record["models"].values())
     severities = sorted({each["severity"] for each in models[0]["corruptions"]})
     headings = _short_names(list(record["models"]))
@@ -103,7 +103,7 @@ def render_comparison(record: dict) -> str:
 
 
 def _short_names(models: list[str]) -> list[str]:
-    """Last parts of the models' names where these differ, else the ends of the names."""
+    """Name models by the last parts of their names where these differ, else by the ends of the names."""
     last = [Path(name).name for name in models]
     chosen = last if len(set(last)) == len(last) else models
     return [name if len(name) <= NAME_LENGTH else "…" + name[1 - NAME_LENGTH :] for name in chosen]

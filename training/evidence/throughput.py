@@ -12,7 +12,7 @@ MEASURED_SECONDS = 30.0
 
 
 def build_loader(recipe: Recipe, splits) -> DataLoader:
-    """The training loader of a single process.
+    """Build the training loader of a single process.
 
     Raises:
         ValueError: If the recipe trains on cached features, or the data do not suit it.
@@ -49,7 +49,7 @@ def build_loader(recipe: Recipe, splits) -> DataLoader:
 
 
 def measure(loader: DataLoader, seconds: float = MEASURED_SECONDS) -> tuple[int, float]:
-    """Images, and the seconds that they took, in passes over the loader, but for the first batch of each pass.
+    """Count images, and the seconds that they took, in passes over the loader, but for the first batch of each pass.
 
     Args:
         seconds: No batch is begun after so many.

@@ -68,7 +68,7 @@ class WeightAverage(TrainerCallback):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model with averaged weights; with its own again afterwards. Unchanged before training begins."""
+        """Give the model the averaged weights within, and its own afterwards; change nothing before training begins."""
         if not self.average:
             yield
             return

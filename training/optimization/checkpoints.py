@@ -122,7 +122,7 @@ def discard_unfinished(output: Path) -> None:
 
 
 def checkpoint_folders(output: Path) -> dict[int, Path]:
-    """Folders of checkpoints in `output`, whole or not, by their optimiser step."""
+    """Find the folders of checkpoints in `output`, whole or not, by their optimiser step."""
     folders = {}
     for folder in output.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
@@ -132,7 +132,7 @@ def checkpoint_folders(output: Path) -> dict[int, Path]:
 
 
 def find_checkpoint(output: Path, resume: bool) -> str | None:
-    """Folder of the last whole checkpoint in `output`; None where there is none.
+    """Find the folder of the last whole checkpoint in `output`; None where there is none.
 
     One that is not whole, such as a copy that was broken off, is passed over with a line on stderr.
 
@@ -181,7 +181,7 @@ def check_same_run(recipe: Recipe, path: Path, circumstances: Mapping[str, Any] 
 
 
 def free_fields(recipe: Recipe) -> set[str]:
-    """Fields of a recipe that may change between the sessions of one run without changing its result."""
+    """Return the fields of a recipe that may change between the sessions of one run without changing its result."""
     free = set(FREE_FIELDS)
     if recipe.data.streaming:
         free.remove("num_workers")  # each of them reads a part of the stream
@@ -191,7 +191,7 @@ def free_fields(recipe: Recipe) -> set[str]:
 
 
 def changed_fields(before: dict, now: dict) -> dict[str, list]:
-    """Values before and now of the fields that differ, by their short names.
+    """Return the values before and now of the fields that differ, by their short names.
 
     Those that `before`, of a run that began with an earlier version, lacks had their default.
     """
@@ -206,12 +206,12 @@ def changed_fields(before: dict, now: dict) -> dict[str, list]:
 
 
 def as_json(recipe: Recipe) -> dict:
-    """The recipe's fields as a JSON file gives them back."""
+    """Return the recipe's fields as a JSON file gives them back."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
 def _without_sections(recipe: dict) -> dict:
-    """All fields of a recipe's JSON in one dict; recipes had no sections once."""
+    """Gather all fields of a recipe's JSON in one dict; recipes had no sections once."""
     flat: dict[str, Any] = {}
     for name, value in recipe.items():
         flat |= value if name in SECTIONS else {name: value}

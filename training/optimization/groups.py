@@ -15,7 +15,7 @@ _BLOCK = re.compile(r"encoder\..*?\blayers?\.(\d+)\.")
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """`optimizer_groups` by the rates and the weight decay of a recipe."""
+    """Return `optimizer_groups` by the rates and the weight decay of a recipe."""
     optimization = recipe.optimization
     return optimizer_groups(
         model,
@@ -35,7 +35,7 @@ def optimizer_groups(
     encoder_layer_decay: float = 0.8,
     scale_rate_factor: float = 3.0,
 ) -> list[dict]:
-    """Groups for any optimiser of PyTorch: every parameter that requires a gradient exactly once.
+    """Return the groups for any optimiser of PyTorch: every parameter that requires a gradient exactly once.
 
     The defaults are those that fine-tuning with AdamW proved well with on CamVid.
 
@@ -83,13 +83,13 @@ def freeze_encoder_blocks(model: nn.Module, num_frozen: int) -> None:
 
 
 def count_encoder_blocks(model: nn.Module) -> int:
-    """Number of blocks of the model's encoder; 0 for a module without one."""
+    """Count the blocks of the model's encoder; 0 for a module without one."""
     found = (_BLOCK.match(name) for name, _ in model.named_parameters())
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def encoder_block(name: str, num_blocks: int) -> int:
-    """Index of the encoder block that a parameter belongs to: -1 for embeddings, the last for what follows it."""
+    """Number the encoder block that a parameter belongs to: -1 for embeddings, the last for what follows it."""
     match = _BLOCK.match(name)
     if match:
         return int(match[1])
@@ -97,14 +97,14 @@ def encoder_block(name: str, num_blocks: int) -> int:
 
 
 def create_optimizer(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser over the groups of `parameter_groups`."""
+    """Create the recipe's optimiser over the groups of `parameter_groups`."""
     if recipe.optimization.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.optimization.learning_rate, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(groups, lr=recipe.optimization.learning_rate)
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, num_training_steps: int) -> LambdaLR:
-    """Schedule stepped after every optimiser step; each group keeps its share of the rate throughout."""
+    """Create the schedule, stepped after every optimiser step; each group keeps its share of the rate throughout."""
     return LambdaLR(optimizer, lambda step: rate_factor(recipe, step, num_training_steps))
 
 

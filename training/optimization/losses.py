@@ -28,11 +28,11 @@ class RecipeLoss:
         self.dice_weight = dice_weight
 
     def label_weight(self, labels: Tensor) -> Tensor:
-        """Sum of the weights of all pixels that are not ignored; their number where there are no class weights."""
+        """Sum the weights of all pixels that are not ignored; count them where there are no class weights."""
         return _pixel_weights(labels, self._weights_on(labels.device), torch.float32).sum()
 
     def __call__(self, logits: Tensor, labels: Tensor, label_weight: Tensor | None = None) -> Tensor:
-        """A scalar, float32 (float64 for logits in float64); zero where every pixel is ignored.
+        """Return a scalar, float32 (float64 for logits in float64); zero where every pixel is ignored.
 
         Args:
             logits: `(batch, num_labels, h, w)`; upsampled bilinearly to the labels' size.
@@ -48,14 +48,14 @@ class RecipeLoss:
         )
 
     def _weights_on(self, device: torch.device) -> Tensor | None:
-        """The class weights on a device, where they then stay: a copy at every step would have it waited for."""
+        """Return the class weights on a device, where they then stay: a copy at every step would have it waited for."""
         if self.class_weights is not None and self.class_weights.device != device:
             self.class_weights = self.class_weights.to(device, non_blocking=True)
         return self.class_weights
 
 
 def balanced_weights(pixel_counts: Tensor, exponent: float) -> Tensor:
-    """Class weights proportional to frequency to the power of minus `exponent`, of mean 1 over all labelled pixels.
+    """Weigh classes by their frequency to the power of minus `exponent`, with mean 1 over all labelled pixels.
 
     Args:
         pixel_counts: `(num_labels,)`, labelled pixels of each class. A class without any gets weight 0.
@@ -67,7 +67,7 @@ def balanced_weights(pixel_counts: Tensor, exponent: float) -> Tensor:
 
 
 def _pixel_weights(labels: Tensor, class_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """How much each pixel counts, in the labels' shape: the weight of its class or 1, and 0 where it is ignored."""
+    """Return how much each pixel counts, in the labels' shape: its class's weight or 1, and 0 where it is ignored."""
     kept = labels != IGNORE_LABEL
     if class_weights is None:
         return kept.to(dtype)
@@ -160,13 +160,13 @@ def _probability_bands(rows: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, s
 
 
 def _targets(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Class ids to gather by, int64, 0 where a pixel is ignored, and whether each is not."""
+    """Return the class ids to gather by, int64, 0 where a pixel is ignored, and whether each is not."""
     kept = labels != IGNORE_LABEL
     return torch.where(kept, labels, 0).long(), kept
 
 
 def _focal(l: Tensor, gamma: float) -> tuple[Tensor, Tensor]:  # noqa: E741
-    """-(1 - p)^gamma l and its derivative with respect to l, by the logarithm l of the probability p."""
+    """Return -(1 - p)^gamma l and its derivative with respect to l, by the logarithm l of the probability p."""
     if not gamma:
         return -l, torch.full_like(l, -1)
     rest = -torch.expm1(l)
@@ -177,7 +177,7 @@ def _focal(l: Tensor, gamma: float) -> tuple[Tensor, Tensor]:  # noqa: E741
 
 
 def _dice(rows: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The dice loss, and how fast it grows with the probabilities it depends on.
+    """Compute the dice loss, and how fast it grows with the probabilities it depends on.
 
     Args:
         rows: As of `_probability_bands`.

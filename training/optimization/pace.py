@@ -78,21 +78,21 @@ class Pace:
     image_seconds: float | None = field(default=None, init=False)
 
     def end(self) -> float:
-        """Of the stage, in spent seconds of the budget."""
+        """Return when the stage ends, in spent seconds of the budget."""
         if self.image_seconds is None or not self.afterwards_images:
             return self.ends_at
         needed = self.afterwards_images * self.image_seconds
         return self.ends_at + self.afterwards_seconds - min(needed, self.afterwards_at_most)
 
     def over(self, step: int) -> float:
-        """From 0 to 1, once `step` optimiser steps have been made; no step begins that would not end in time."""
+        """Return how much is over after `step` steps, from 0 to 1; no step begins that would not end in time."""
         by_steps = step / self.steps if self.steps else 0.0
         length = self.end() - self.evaluation_seconds - self.step_seconds - self.starts_at
         by_time = 0.0 if math.isinf(length) else (self.budget.spent() - self.starts_at) / max(length, 1e-9)
         return min(max(by_steps, by_time, 0.0), 1.0)
 
     def seconds_left(self, step: int) -> float:
-        """Of the stage, evaluations included; as the steps so far say where it is not bounded by time."""
+        """Return the seconds left of the stage, with evaluations; as the steps so far say where no time bounds it."""
         if not math.isinf(self.ends_at):
             return max(self.end() - self.budget.spent(), 0.0)
         over = self.over(step)
@@ -100,7 +100,7 @@ class Pace:
 
 
 def rate_when(recipe: Recipe, step: int, over: float) -> float:
-    """Share of the learning rate at an optimiser step, counted from 0, when a fraction of the stage is over."""
+    """Return the share of the learning rate at a step, counted from 0, when a fraction of the stage is over."""
     warmup, length = recipe.optimization.warmup_steps, 10**6
     # A warm-up must not take most of a stage that has few steps.
     if step < warmup and over < 0.2:
@@ -224,7 +224,7 @@ class ProgressLine:
 
 
 def clock_time(seconds: float) -> str:
-    """Minutes and seconds, "?" for what is not known."""
+    """Write minutes and seconds, "?" for what is not known."""
     if math.isnan(seconds) or math.isinf(seconds):
         return "?"
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

@@ -28,7 +28,7 @@ class SharedStochasticDepth(nn.Module):
         self.calls = 0
 
     def forward(self, branch: Tensor) -> Tensor:
-        """`(batch, ...)` to the same; unchanged in evaluation."""
+        """Drop branches of `(batch, ...)`; in evaluation none."""
         if not self.training:
             return branch
         assert self.draws is not None  # `draw` comes before every pass

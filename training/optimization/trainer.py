@@ -121,7 +121,7 @@ class SegmentationTrainer(transformers.Trainer):
         )
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput | None:
-        """As `Trainer.train`; a run that had ended by itself before its last epoch is not trained further.
+        """Train as `Trainer.train` does; a run that had ended by itself before its last epoch is not trained further.
 
         Returns:
             None where nothing was trained.
@@ -150,7 +150,7 @@ class SegmentationTrainer(transformers.Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The batches of one optimiser step in this process, and the weight of all labels of the step, in all."""
+        """Return the batches of one step in this process, and the weight of all labels of the step, in all of them."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.passes = 0
         self.step_loss = 0.0
@@ -160,7 +160,7 @@ class SegmentationTrainer(transformers.Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
-        """As `Trainer.training_step`; the loss that is returned is the mean over the processes, for all the same."""
+        """Do as `Trainer.training_step` does; the loss returned is the mean over the processes, for all the same."""
         loss = self.accelerator.reduce(super().training_step(model, inputs, num_items_in_batch), reduction="mean")
         self.step_loss = self.step_loss + loss
         return loss
@@ -193,7 +193,7 @@ class SegmentationTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ):
-        """The loss of one forward pass; in training, its part of the mean over all labelled pixels of the step.
+        """Return the loss of one forward pass; in training, its part of the mean over all labelled pixels of the step.
 
         Args:
             num_items_in_batch: Weight of the labels of the whole step; of this pass alone if None.
@@ -219,7 +219,7 @@ class SegmentationTrainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _as_model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Squares of bytes become normalised images; other inputs are the model's already."""
+        """Turn squares of bytes into normalised images; other inputs are the model's already."""
         if "pixel_values" not in inputs or inputs["pixel_values"].dtype != torch.uint8:
             return inputs
         inputs = dict(inputs)
@@ -299,7 +299,7 @@ class SegmentationTrainer(transformers.Trainer):
         return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """One image at a time; every process reads its own share, none twice.
+        """Load one image at a time; every process reads its own share, none twice.
 
         Processes that shard a model (FSDP) must make the same passes, so that each of them reads all images.
         """
@@ -406,5 +406,5 @@ def check_sharding(recipe: Recipe, fsdp_version: int) -> None:
 
 
 def _evaluations_without_gain(early_stopping: dict) -> int:
-    """What a checkpoint says of `EarlyStopping`."""
+    """Return what a checkpoint says of `EarlyStopping`."""
     return early_stopping["attributes"]["early_stopping_patience_counter"]

@@ -26,7 +26,7 @@ __all__ = ["SUPPORTED", "Found", "Tree", "describe_unknown", "find_format", "res
 
 
 def find_format(tree: Tree) -> Found | None:
-    """What a folder holds, if it is in one of the formats of this package; None otherwise.
+    """Find what a folder holds, if it is in one of the formats of this package; None otherwise.
 
     Raises:
         ImportError: If reading the format needs pycocotools, and it is not installed.
@@ -43,7 +43,7 @@ def find_format(tree: Tree) -> Found | None:
 
 
 def describe_unknown(tree: Tree) -> str:
-    """An error's text: what a folder holds, what is supported, and how to write the simplest."""
+    """Write an error's text: what a folder holds, what is supported, and how to write the simplest."""
     supported = "".join(f"\n  {each}" for each in SUPPORTED)
     return (
         f"Found no photographs with label maps in {tree.folder}.\nIt holds {tree.summary()}.\nSupported are:"

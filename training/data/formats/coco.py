@@ -16,7 +16,7 @@ _OTHER_TASKS = ("captions", "keypoints", "info", "unlabeled")
 
 
 def find_coco(tree: Tree) -> Found | None:
-    """JSON files with `images`, `annotations` and `categories`; None where there are none.
+    """Find JSON files with `images`, `annotations` and `categories`; None where there are none.
 
     Of one split, panoptic annotations are preferred to instances, as they label every pixel.
 
@@ -53,7 +53,7 @@ def find_coco(tree: Tree) -> Found | None:
 
 
 def read_coco(path: Path) -> dict | None:
-    """What a COCO file holds; None where it is none, or its annotations have no segmentation at all.
+    """Read what a COCO file holds; None where it is none, or its annotations have no segmentation at all.
 
     Raises:
         ValueError: If it has boxes only.
@@ -215,7 +215,7 @@ def _panoptic(tree: Tree, sources: dict[str, tuple[Path, dict]], categories: dic
 
 
 def draw_panoptic(path: Path, classes: dict[int, int]) -> np.ndarray:
-    """Classes of a PNG of segment ids, red + 256 green + 65536 blue: uint8 `(height, width)`, 255 for id 0.
+    """Return the classes of a PNG of segment ids, red + 256 green + 65536 blue: uint8 `(height, width)`, 255 for id 0.
 
     Args:
         path: Of the PNG.
@@ -236,7 +236,7 @@ def draw_panoptic(path: Path, classes: dict[int, int]) -> np.ndarray:
 
 
 def _panoptic_folder(tree: Tree, path: Path, content: dict) -> Path | None:
-    """Where the PNGs of a panoptic file are: mostly in a folder of its name."""
+    """Find the PNGs of a panoptic file: mostly in a folder of its name."""
     name = next((each["file_name"] for each in content["annotations"]), None)
     if name is None:
         return None
@@ -254,7 +254,7 @@ def _panoptic_folder(tree: Tree, path: Path, content: dict) -> Path | None:
 
 
 def _photographs(tree: Tree, path: Path, content: dict, split: str) -> list[Path]:
-    """Files of the images of a COCO file.
+    """Find the files of the images of a COCO file.
 
     Raises:
         ValueError: If some are missing, or several files have their name and none lies nearer than the others.
@@ -272,7 +272,7 @@ def _photographs(tree: Tree, path: Path, content: dict, split: str) -> list[Path
 
 
 def find_photograph(tree: Tree, name: str, annotations: Path, split: str | None) -> Path | str:
-    """The file that annotations mean by a name, or a text on why none can be told.
+    """Find the file that annotations mean by a name, or say in a text why none can be told.
 
     A path that ends with the whole name is preferred, then one whose folders name the split, then one that lies
     beside the annotations; label maps are no photographs.

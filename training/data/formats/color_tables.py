@@ -47,7 +47,7 @@ class ColorTable:
 
     @classmethod
     def of_rows(cls, path: Path, rows: list[tuple[str, Color]]) -> "ColorTable":
-        """A table of names and colours in their order; several colours may have one name.
+        """Make a table of names and colours in their order; several colours may have one name.
 
         Raises:
             ValueError: If one colour has two names, or all are ignored.
@@ -64,7 +64,7 @@ class ColorTable:
 
 
 def find_color_table(folder: Path) -> ColorTable | None:
-    """The table in a folder; None where none of `TABLE_FILES` has colours.
+    """Find the table in a folder; None where none of `TABLE_FILES` has colours.
 
     Raises:
         ValueError: If a table cannot be used.
@@ -87,7 +87,7 @@ def _read_rows(path: Path) -> list[tuple[str, Color]] | None:
 
 
 def _from_json(text: str, path: Path) -> list[tuple[str, Color]] | None:
-    """`{"road": [128, 64, 128]}`, `{"road": "#804080"}`, either reversed, or a list of objects with name and color."""
+    """Read `{"road": [128, 64, 128]}`, `{"road": "#804080"}`, either reversed, or a list of names and colors."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -111,7 +111,7 @@ def _from_json(text: str, path: Path) -> list[tuple[str, Color]] | None:
 
 
 def _from_csv(text: str, path: Path) -> list[tuple[str, Color]] | None:
-    """Columns `name,r,g,b` (also `red`, ...), or `name,color` with #rrggbb or three numbers; an `id` orders them."""
+    """Read columns `name,r,g,b` (or `red`, ...), or `name,color` with #rrggbb or three numbers; an `id` orders them."""
     try:
         dialect = csv.Sniffer().sniff(text, delimiters=",;\t")
     except csv.Error:
@@ -177,7 +177,7 @@ def _checked_rows(pairs: list[tuple[object, object]], path: Path) -> list[tuple[
 
 
 def _color(value: object) -> Color | None:
-    """A colour in any form; None where it is none."""
+    """Read a colour in any form; None where it is none."""
     if isinstance(value, str):
         if found := _HEX.fullmatch(value.strip()):
             digits = found[1]

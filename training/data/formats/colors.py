@@ -72,7 +72,7 @@ def resolve_colors(folder: Path, paths: Sequence[Path], ignored: Sequence[Color]
 
 
 def _mode(path: Path) -> str | None:
-    """How a file stores pixels; None where it is no picture, or a JPEG, which is refused when it is read."""
+    """Tell how a file stores pixels; None where it is no picture, or a JPEG, which is refused when it is read."""
     try:
         with Image.open(path) as image:
             return None if image.format == "JPEG" else image.mode
@@ -154,7 +154,7 @@ def _refuse_colors(folder: Path, paths: Sequence[Path], count: int) -> None:
 
 
 def _ordered(counts: Counter[int]) -> list[int]:
-    """Black first, which mostly is the background; then the most frequent."""
+    """Sort colours: black first, which mostly is the background; then the most frequent."""
     return sorted(counts, key=lambda value: (value != 0, -counts[value]))
 
 

@@ -17,7 +17,7 @@ _AREAS = ("polygon", "mask", "box")
 
 
 def find_cvat(tree: Tree) -> Found | None:
-    """`annotations.xml` as CVAT exports it; None where there is no such file.
+    """Find `annotations.xml` as CVAT exports it; None where there is no such file.
 
     Splits are the subsets of a project, or the folders of several such files.
 
@@ -78,7 +78,7 @@ def find_cvat(tree: Tree) -> Found | None:
 
 
 def _read(path: Path) -> ElementTree.Element | None:
-    """The root of a file with images of CVAT; None for other XML, such as Pascal VOC's of objects."""
+    """Read the root of a file with images of CVAT; None for other XML, such as Pascal VOC's of objects."""
     try:
         root = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, OSError, ValueError):
@@ -99,7 +99,7 @@ def _draw(image: ElementTree.Element, classes: dict[str, int]) -> np.ndarray:
 
 
 def _inside(shape: ElementTree.Element, height: int, width: int) -> np.ndarray:
-    """Pixels of one shape, bool `(height, width)`."""
+    """Return the pixels of one shape, bool `(height, width)`."""
     if shape.tag == "box":
         left, top, right, bottom = (float(shape.get(side, "")) for side in ("xtl", "ytl", "xbr", "ybr"))
         return inside_rectangle([(left, top), (right, bottom)], height, width, float(shape.get("rotation", 0)))
@@ -113,7 +113,7 @@ def _inside(shape: ElementTree.Element, height: int, width: int) -> np.ndarray:
 
 
 def _stencil(shape: ElementTree.Element) -> np.ndarray:
-    """A mask in its own box: lengths of runs along its rows, the first of which is outside."""
+    """Draw a mask in its own box from the lengths of runs along its rows, the first of which is outside."""
     height, width = int(float(shape.get("height", 0))), int(float(shape.get("width", 0)))
     runs = [int(run) for run in shape.get("rle", "").split(",")]
     inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)

@@ -72,11 +72,11 @@ class Tree:
         return by_name
 
     def with_suffix(self, suffix: str) -> list[Path]:
-        """Files of one suffix, in lower case with its dot."""
+        """Return the files of one suffix, in lower case with its dot."""
         return [path for path in self.files if path.suffix.lower() == suffix]
 
     def relative(self, path: Path) -> Path:
-        """Path of a file below the folder."""
+        """Return the path of a file below the folder."""
         return path.relative_to(self.folder)
 
     def class_names(self) -> tuple[str, ...] | None:
@@ -88,7 +88,7 @@ class Tree:
         return find_class_names(self.folder)
 
     def summary(self) -> str:
-        """Its folders and how many files of which kind they hold, in one line."""
+        """Say in one line which folders there are, and how many files of which kind they hold."""
         if not self.files:
             return "no files"
         by_folder: dict[Path, Counter] = {}
@@ -102,18 +102,18 @@ class Tree:
 
 
 def words(name: str) -> list[str]:
-    """Words of a file's or folder's name, in lower case: `JPEGImages_2007` has "jpeg" and "images"."""
+    """Return the words of a file's or folder's name, in lower case: `JPEGImages_2007` has "jpeg" and "images"."""
     return [each.lower() for each in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
 
 
 def split_of(parts: Iterable[str]) -> str | None:
-    """The split that the last of some names has among its words; None where none has."""
+    """Return the split that the last of some names has among its words; None where none has."""
     found = [SPLIT_NAMES[word] for part in parts for word in words(part) if word in SPLIT_NAMES]
     return found[-1] if found else None
 
 
 def listed(items: Sequence[str], shown: int = SHOWN, separator: str = ", ") -> str:
-    """The first of some texts, and how many more there are."""
+    """List the first of some texts, and say how many more there are."""
     more = f"{separator}and {len(items) - shown} more" if len(items) > shown else ""
     return separator.join(items[:shown]) + more
 

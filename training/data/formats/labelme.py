@@ -21,7 +21,7 @@ _IGNORED = "__ignore__"
 
 
 def find_labelme(tree: Tree) -> Found | None:
-    """JSON files with `shapes`; None where there are none.
+    """Find JSON files with `shapes`; None where there are none.
 
     Raises:
         ValueError: If a photograph is missing, or shapes cannot be drawn; the message names all faults.
@@ -87,7 +87,7 @@ def _read(path: Path) -> dict | None:
 
 
 def _class_names(used: set[str], given: tuple[str, ...] | None, tree: Tree) -> tuple[str, ...]:
-    """Background first, then the names in the order of a file that lists them, else of the alphabet.
+    """Order the names: background first, then as a file that lists them does, else by the alphabet.
 
     Raises:
         ValueError: If a file lists names, but not all that are used.
@@ -107,7 +107,7 @@ def _class_names(used: set[str], given: tuple[str, ...] | None, tree: Tree) -> t
 
 
 def _photograph(tree: Tree, path: Path, content: dict, split: str | None) -> Path:
-    """The file that a JSON file belongs to: the one that it names, one of its own name, or the one inside it."""
+    """Find the file that a JSON file belongs to: the one that it names, one of its own name, or the one inside it."""
     named = content.get("imagePath")
     if named:
         beside = path.parent / PureWindowsPath(named).as_posix()
@@ -149,7 +149,7 @@ def _draw(content: dict, classes: dict[str, int], photograph: Path) -> np.ndarra
 
 
 def _inside(shape: dict, height: int, width: int) -> np.ndarray:
-    """Pixels of one shape, bool `(height, width)`."""
+    """Return the pixels of one shape, bool `(height, width)`."""
     kind = shape.get("shape_type") or "polygon"
     points = [(float(x), float(y)) for x, y in shape.get("points", ())]
     needed = 3 if kind == "polygon" else 2

@@ -36,7 +36,7 @@ class _File:
 
 
 def find_pairs(tree: Tree) -> Found | None:
-    """Folders such as `images` and `masks`, or label maps beside photographs; None where there are neither.
+    """Find folders such as `images` and `masks`, or label maps beside photographs; None where there are neither.
 
     Words in the names of folders say what they hold and of which split, in whichever order: `images/train`,
     `train/images`, `train_images`. Names of photographs and label maps are equal, or differ by such a word at an end:
@@ -99,7 +99,7 @@ def _classified(relative: PurePath, path: Path) -> _File:
 
 
 def _bare(stem: str) -> str:
-    """A name without words such as "mask" at its ends."""
+    """Return a name without words such as "mask" at its ends."""
     while (shorter := _SUFFIX.sub("", _PREFIX.sub("", stem))) != stem:
         stem = shorter
     return stem
@@ -113,7 +113,7 @@ def _is_label_name(stem: str) -> bool:
 
 
 def _side_by_side(files: list[_File]) -> tuple[list[_File], list[_File]]:
-    """Photographs and label maps of one folder, told by words in their names, else by .jpg and .png of one name."""
+    """Tell photographs and label maps of one folder by words in their names, else by .jpg and .png of one name."""
     labels = [each for each in files if _is_label_name(each.stem)]
     if not labels:
         photographs = {each.path.with_suffix("") for each in files if each.path.suffix.lower() in (".jpg", ".jpeg")}
@@ -127,7 +127,7 @@ def _side_by_side(files: list[_File]) -> tuple[list[_File], list[_File]]:
 def _match(
     tree: Tree, images: list[_File], labels: list[_File]
 ) -> tuple[list[tuple[_File, _File]], list[_File], list[_File]]:
-    """Pairs, in the order of the photographs, and files without a counterpart.
+    """Match pairs, in the order of the photographs, and find files without a counterpart.
 
     Names are compared within split and folder, without the split, or alone, whichever finds most.
     """
@@ -168,7 +168,7 @@ def _match(
 
 
 def _candidates(images: list[_File], labels: list[_File], place: Callable[[_File], tuple]) -> list[list[_File]]:
-    """For each label map the photographs in the same place of its name, or of its name without such words."""
+    """Find for each label map the photographs in the same place of its name, or of its name without such words."""
     by_stem: dict[tuple, list[_File]] = {}
     by_bare: dict[tuple, list[_File]] = {}
     for image in images:
@@ -181,7 +181,7 @@ def _candidates(images: list[_File], labels: list[_File], place: Callable[[_File
 
 
 def _candidates_by_affix(images: list[_File], labels: list[_File]) -> list[list[_File]]:
-    """The same where all names of label maps, or all of photographs, have one beginning and one end more.
+    """Do the same where all names of label maps, or all of photographs, have one beginning and one end more.
 
     So are `street_P.png` and `street.png` in some data sets. Only an addition that fits every label map counts.
     """
@@ -207,7 +207,7 @@ def _candidates_by_affix(images: list[_File], labels: list[_File]) -> list[list[
 
 
 def _split_lists(tree: Tree, pairs: list[tuple[_File, _File]]) -> list[str | None]:
-    """Splits by lists of names, `train.txt` and so on, that name every photograph exactly once; else None for each."""
+    """Find splits by lists such as `train.txt` that name every photograph exactly once; else None for each."""
     by_name: dict[str, list[str]] = {}
     for path in tree.with_suffix(".txt"):
         split = SPLIT_NAMES.get(path.stem.lower())
@@ -238,7 +238,7 @@ def _by_split(tree: Tree, pairs: list[tuple[_File, _File]]) -> dict[str, list[tu
 
 
 def _folders(tree: Tree, files: list[_File]) -> str:
-    """Their folders, in words."""
+    """Name the folders of some files, in words."""
     folders = dict.fromkeys(tree.relative(each.path).parent.as_posix() for each in files)
     return listed([f"{each}/" if each != "." else "the folder itself" for each in folders], 3)
 

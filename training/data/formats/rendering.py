@@ -45,12 +45,12 @@ class Drawing:
 
 
 def cache_folder() -> Path:
-    """The cache of `datasets`, as it is set now."""
+    """Return the cache of `datasets`, as it is set now."""
     return Path(datasets.config.HF_DATASETS_CACHE)
 
 
 def render(drawings: Sequence[Drawing]) -> list[Path]:
-    """Files of all label maps, drawn unless they were before.
+    """Return the files of all label maps, drawn unless they were before.
 
     Raises:
         ValueError: If some cannot be drawn; the message names all of them.

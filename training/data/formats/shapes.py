@@ -8,7 +8,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def inside_polygon(points: Points, height: int, width: int) -> np.ndarray:
-    """Pixels in a polygon by the even-odd rule, bool `(height, width)`; what lies beyond the picture is cut off.
+    """Find the pixels in a polygon by the even-odd rule, bool `(height, width)`; what lies beyond is cut off.
 
     Args:
         points: Its corners (x, y), in pixels from the picture's upper left corner.
@@ -30,7 +30,7 @@ def inside_polygon(points: Points, height: int, width: int) -> np.ndarray:
 
 
 def inside_rectangle(corners: Points, height: int, width: int, degrees: float = 0.0) -> np.ndarray:
-    """Pixels in a rectangle of two opposite corners, turned clockwise about its centre; as `inside_polygon`."""
+    """Find the pixels in a rectangle of two corners, turned clockwise about its centre; as `inside_polygon`."""
     (left, top), (right, bottom) = corners
     points = np.array([(left, top), (right, top), (right, bottom), (left, bottom)], dtype=float)
     if degrees:
@@ -41,14 +41,14 @@ def inside_rectangle(corners: Points, height: int, width: int, degrees: float = 
 
 
 def inside_circle(center: tuple[float, float], edge: tuple[float, float], height: int, width: int) -> np.ndarray:
-    """Pixels in a circle about `center` through `edge`; as `inside_polygon`."""
+    """Find the pixels in a circle about `center` through `edge`; as `inside_polygon`."""
     rows, columns = np.mgrid[:height, :width] + 0.5
     radius = np.hypot(edge[0] - center[0], edge[1] - center[1])
     return np.hypot(columns - center[0], rows - center[1]) <= radius
 
 
 def place_mask(mask: np.ndarray, left: int, top: int, height: int, width: int) -> np.ndarray:
-    """A small mask at its place in a picture, bool `(height, width)`; what lies beyond the picture is cut off."""
+    """Put a small mask at its place in a picture, bool `(height, width)`; what lies beyond the picture is cut off."""
     whole = np.zeros((height, width), dtype=bool)
     inside = mask[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
     top, left = max(top, 0), max(left, 0)

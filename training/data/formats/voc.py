@@ -36,7 +36,7 @@ _BORDER = (224, 224, 192)
 
 
 def find_voc(tree: Tree) -> Found | None:
-    """`JPEGImages` and `SegmentationClass`; None where there is no such folder.
+    """Find `JPEGImages` and `SegmentationClass`; None where there is no such folder.
 
     Splits are the lists in `ImageSets/Segmentation`, of which `trainval` is used only where there is no `train`.
 
