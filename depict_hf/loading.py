@@ -26,11 +26,11 @@ def default_model(
 ) -> tuple[DepictForSemanticSegmentation, DepictImageProcessor]:
     """Load the model that comes with the package, in evaluation mode, and its image processor.
 
-    It is found from any working directory, and computes in float32 unless another dtype is asked for, although its files
-    are stored in half precision.
+    It is found from any working directory, and computes in float32 unless another dtype is asked for, although its
+    files are stored in half precision.
 
     Args:
-        device: Where to.
+        device: Where the model computes.
         dtype: As for `load_model`.
 
     Raises:
