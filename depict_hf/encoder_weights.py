@@ -57,8 +57,8 @@ def load_encoder(model: DepictForSemanticSegmentation, state_dict: Mapping[str, 
 
     Args:
         model: With a native encoder of the same shape.
-        state_dict: Of a timm VisionTransformer (AugReg, DeiT, distilled or not), or of transformers' ViT or DeiT with
-            or without a head. Classifiers, pooler and mask token are dropped.
+        state_dict: Parameters of a timm VisionTransformer (AugReg, DeiT, distilled or not), or of transformers' ViT or
+            DeiT with or without a head. Classifiers, pooler and mask token are dropped.
 
     Raises:
         ValueError: If a parameter is missing, left over or of another shape.

@@ -13,7 +13,7 @@ def coco_file(ids: np.ndarray, names: list[str], file_name: str, image_id: int) 
     Args:
         ids: `(height, width)`, class ids; those beyond `names`, such as 255, belong to no class.
         names: By class id, which is the category's id too.
-        file_name: Of the photograph.
+        file_name: File name of the photograph.
         image_id: From 1. Files made with different ones can be joined: annotation ids differ as well.
 
     Returns:

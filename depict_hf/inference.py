@@ -180,7 +180,7 @@ class SegmentedFile:
     """What `segment_files` yields for a file.
 
     Attributes:
-        path: Of the photograph.
+        path: Path of the photograph.
         result: What `finish` returned; None where the photograph cannot be read.
         error: Why it cannot be read, one of `UNREADABLE`; None where it can.
     """

@@ -64,7 +64,7 @@ def fastest_device(index: int = 0) -> str:
     """Name the accelerator of PyTorch, cuda, mps or xpu, where there is one, else the CPU.
 
     Args:
-        index: Of this process on its machine; where there are several accelerators, processes take turns.
+        index: Index of this process on its machine; where there are several accelerators, processes take turns.
     """
     kind = training_device().type
     if kind not in ("cuda", "mps", "xpu"):
@@ -100,8 +100,8 @@ def load_model(
 
     Args:
         name: Folder, Hub name or "default" (see `model_source`); for ONNX Runtime a folder that `depict export` wrote.
-        dtype: Of weights and computation, one of `DTYPE_NAMES`; "auto" is `native_dtype(device)`. `model.dtype` says
-            which it became.
+        dtype: Type of weights and computation, one of `DTYPE_NAMES`; "auto" is `native_dtype(device)`. `model.dtype`
+            says which it became.
         backend: One of `BACKENDS`; exports compute as they were written.
 
     Raises:

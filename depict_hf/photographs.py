@@ -32,8 +32,8 @@ class Photograph:
     """One photograph among those given.
 
     Attributes:
-        path: Of the file.
-        target: Of its results, without their suffixes.
+        path: Path of the file.
+        target: Path of its results, without their suffixes.
         number: Its place among all photographs of the run, from 1, whichever process takes it.
     """
 
@@ -126,7 +126,7 @@ class Processes:
 
     Attributes:
         rank: From 0.
-        count: Of processes; 1 where there was no launcher.
+        count: Number of processes; 1 where there was no launcher.
         local_rank: From 0, among those of this machine.
     """
 

@@ -60,7 +60,7 @@ def axis_operator(
         window_length: Pixels of a window; what lies beyond `length` (padding) is cut off.
         length: Pixels of the image that the windows cover.
         target_length: Pixels of the result.
-        dtype: Of the matrix.
+        dtype: Type of the matrix.
 
     Returns:
         `(target_length, len(starts) * grid_length)`, on the CPU; every row sums to 1.
@@ -85,7 +85,7 @@ class Band:
     """Some rows of a matrix: `target[rows] = matrix @ source[used]`.
 
     Attributes:
-        rows: Of the target.
+        rows: Rows of the target.
         matrix: `(rows, used)`; None for the unit matrix. Shared by everybody: never to be changed.
         used: Those of the source, a slice or, where they lie far apart, their indices on the matrix's device.
     """
@@ -252,7 +252,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     evaded.
 
     Args:
-        dtype: Of the scores.
+        dtype: Type of the scores.
 
     Returns:
         float64 for scores in float64 and where products in float32 are rounded to fewer bits, else float32.

@@ -24,7 +24,7 @@ class ResultWriter:
     """Writes the results of photographs, one after the other.
 
     Args:
-        config: Of the model, for its class names.
+        config: Configuration of the model, for its class names.
         kinds: Results wanted, keys of `photographs.RESULT_SUFFIXES`.
         classes: Ids of the classes to keep; pixels of all others become 255, which is no class. None keeps all.
         palette: As for `labels.colors_for`.

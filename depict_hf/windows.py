@@ -278,7 +278,7 @@ def _decide(scores: Iterable[Tensor], return_confidence: bool, temperature: floa
     """Label and, where asked for, confidence and margin of each pixel.
 
     Args:
-        scores: Of one view, `(height, width, num_labels)`, float32; overwritten.
+        scores: Scores of one view, `(height, width, num_labels)`, float32; overwritten.
     """
     [scores] = scores
     labels = scores.argmax(dim=-1)

@@ -61,9 +61,9 @@ def measure(
 
     Args:
         model: Moved to the fastest device, where it stays; in evaluation mode afterwards.
-        samples: Of the training split.
+        samples: Samples of the training split.
         output: Where the run writes.
-        overrides: Of fields, which decide sizes.
+        overrides: Overrides of fields, which decide sizes.
     """
     device = training_device()
     model.to(device).eval()

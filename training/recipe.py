@@ -38,8 +38,8 @@ class DataSection(Section):
     num_train_images: int | None = setting(
         "In a stream, images of the training split; as the data set says if none.", None, least=1
     )
-    image_mean: tuple[float, float, float] = setting("Of each channel, for values in 0 to 1.", (0.5, 0.5, 0.5))
-    image_std: tuple[float, float, float] = setting("Of each channel, for values in 0 to 1.", (0.5, 0.5, 0.5))
+    image_mean: tuple[float, float, float] = setting("Mean of each channel, for values in 0 to 1.", (0.5, 0.5, 0.5))
+    image_std: tuple[float, float, float] = setting("Deviation of each channel, for values in 0 to 1.", (0.5, 0.5, 0.5))
     size: int = setting("Pixels of the shorter side, in evaluation and, at ratio 1, in training.", least=1)
     long_side_factor: float = setting(
         "In training, the longer side is at most this times `size` at ratio 1.", 4.0, least=1
@@ -92,7 +92,7 @@ class OptimizationSection(Section):
     batch_size: int = setting("Images of an optimiser step, over all processes.", least=1)
     accumulation_steps: int = setting("Forward passes of an optimiser step in each process.", 1, least=1)
     optimizer: str = setting('"adamw", or "sgd" with momentum 0.9 after Nesterov.', "adamw", choices=("adamw", "sgd"))
-    learning_rate: float = setting("Of the decoder's matrices.", least=0)
+    learning_rate: float = setting("Rate of the decoder's matrices.", least=0)
     encoder_rate_factor: float = setting("The encoder's rate is this times `learning_rate`.", 1.0, least=0)
     encoder_layer_decay: float = setting(
         "The rate of each encoder block is this times that of the next one.", 1.0, least=0
@@ -113,8 +113,8 @@ class OptimizationSection(Section):
         least=0,
     )
     focal_gamma: float = setting("Exponent of the focal loss; 0 for cross-entropy.", 0.0, least=0)
-    dice_weight: float = setting("Of a dice loss beside the cross-entropy; 0 for none.", 0.0, least=0)
-    weight_decay: float = setting("Of matrices; norms, biases, tokens and step sizes have none.", 0.0, least=0)
+    dice_weight: float = setting("Weight of a dice loss beside the cross-entropy; 0 for none.", 0.0, least=0)
+    weight_decay: float = setting("Decay of matrices; norms, biases, tokens and step sizes have none.", 0.0, least=0)
     schedule: str = setting(
         'From the learning rate down to `final_learning_rate`: "polynomial" (power 0.9) or "cosine".',
         "polynomial",
@@ -124,13 +124,13 @@ class OptimizationSection(Section):
     warmup_steps: int = setting("Optimiser steps of linear growth from zero before the schedule.", 0, least=0)
     max_grad_norm: float = setting("Gradients are clipped to it; 0 for no clipping.", 0.0, least=0)
     average_decay: float = setting(
-        "Of the exponential moving average of the weights, which is what is evaluated and becomes the trained model; "
-        "0 for no average.",
+        "Decay of the exponential moving average of the weights, which is what is evaluated and becomes the trained "
+        "model; 0 for no average.",
         0.0,
         least=0,
         below=1,
     )
-    seed: int = setting("Of initial weights, data order and augmentation.", 0, least=0)
+    seed: int = setting("Seed of initial weights, data order and augmentation.", 0, least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

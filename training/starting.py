@@ -28,7 +28,7 @@ class Start:
         model: float32, every weight trainable.
         kept: Names of weights that were taken from the source.
         new: Names of weights that are random.
-        image_mean, image_std: Of each channel, for values in 0 to 1, that the encoder was trained with.
+        image_mean, image_std: Means and deviations of each channel, for values in 0 to 1, in the encoder's training.
         notes: Sentences on what had to be assumed.
     """
 
@@ -59,8 +59,8 @@ def start_from(source: str, class_names: tuple[str, ...], decoder_type: str | No
     Args:
         source: "default", a folder or Hub name of a model of this package, or of a backbone that `AutoBackbone` knows.
         class_names: In the order of their ids. A model of the very same classes is kept whole.
-        decoder_type: Of the model; a source's own decoder is kept if it is of that type. None is the source's own, or
-            DEPICT's "sa" where the source is a backbone.
+        decoder_type: Kind of decoder of the model; a source's own decoder is kept if it is of that type. None is the
+            source's own, or DEPICT's "sa" where the source is a backbone.
 
     Raises:
         OSError: If there is no such source.

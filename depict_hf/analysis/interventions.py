@@ -153,7 +153,7 @@ def step_size_scaled(
     """Multiply learned step sizes by a factor; in "cbsa" those of tokens and of representatives.
 
     Args:
-        layer: Of one layer; by default of all, cross-attention layers included.
+        layer: Number of the only layer meant; by default all, cross-attention layers included.
         cross: Whether that layer is a cross-attention layer of "ca".
 
     Raises:

@@ -110,11 +110,11 @@ class SubspaceStatistics:
     """Geometry of one layer's heads, float64.
 
     Attributes:
-        singular_values: Of each P_h, `(heads, head_dim)`, descending.
-        effective_ranks: Of each P_h, `(heads,)`; see `effective_rank`.
+        singular_values: Singular values of each P_h, `(heads, head_dim)`, descending.
+        effective_ranks: Effective ranks of each P_h, `(heads,)`; see `effective_rank`.
         deviations: |P_h P_h^T - I| / |I|, `(heads,)`: 0 for orthonormal rows.
         deviations_any_scale: The same where only directions count, `(heads,)`.
-        overlaps: Of the heads' row spaces, `(heads, heads)`; see `overlaps`.
+        overlaps: Overlaps of the heads' row spaces, `(heads, heads)`; see `overlaps`.
         random: The same figures of random matrices of this shape, averaged over draws: independent normal entries of
             variance 1 / hidden, which decoders start from. None in the random statistics themselves.
     """
@@ -136,7 +136,7 @@ def subspace_statistics(
     Args:
         cross: Whether to look at the cross-attention layers of "ca" instead.
         draws: Random matrices per layer.
-        seed: Of those matrices.
+        seed: Seed of those matrices.
 
     Raises:
         ValueError: If the decoder is a black box, which has no subspaces.
@@ -244,7 +244,8 @@ def class_subspaces(
     Both are taken as they are compared, see `read_out`.
 
     Args:
-        dim: Of the principal subspace; by default that of the span of the class vectors, as far as there are patches.
+        dim: Dimension of the principal subspace; by default that of the span of the class vectors, as far as there
+            are patches.
         center: Whether the mean of the patch vectors is taken away first.
 
     Raises:

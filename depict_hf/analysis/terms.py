@@ -44,7 +44,7 @@ class Term:
             projection, "class_tokens" (as learned, before any layer), "head", "attention_bias", "mlp", "output_bias"
             (of a "cbsa" layer), "norm_bias" (beta of the last LayerNorm), "bias" (of "linear"); where terms are summed
             by layer, "layer".
-        layer: Of the decoder, for what belongs to one; counted from 0.
+        layer: Decoder layer, counted from 0, for what belongs to one.
         head: For "head", counted from 0.
     """
 
@@ -154,7 +154,7 @@ def source_contributions(
     The attention weights are held too: a source counts by its weight times its value, not by what it does to weights.
 
     Args:
-        layer: Of the decoder.
+        layer: Decoder layer, counted from 0.
         patch: Row-major index of the patch whose cosine is split.
         label: Class.
 

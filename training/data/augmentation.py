@@ -64,8 +64,8 @@ class Normalization:
     """Brings squares of `TrainingAugmentation` to mean 0 and deviation 1, on the device that they are on.
 
     Args:
-        mean: Of each channel, for values in 0 to 1.
-        std: Of each channel, for values in 0 to 1.
+        mean: Means of each channel, for values in 0 to 1.
+        std: Deviations of each channel, for values in 0 to 1.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):

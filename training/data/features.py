@@ -77,7 +77,7 @@ class FeatureDataset(EpochDataset):
         folder: Where features are kept, one file per image, in a subfolder that is named after everything they depend
             on; an interrupted run continues there.
         crop_size: Side in pixels of training squares, rounded down to whole patches.
-        seed: Of crops and mirror images.
+        seed: Seed of crops and mirror images.
         autocast: Whether the encoder computes in bfloat16.
     """
 
@@ -162,7 +162,7 @@ def encode(encoder: nn.Module, pixel_values: Tensor, patch_size: int, autocast: 
     """Compute the features of one image, on its device.
 
     Args:
-        encoder: Of the model.
+        encoder: Encoder of the model.
         pixel_values: `(1, channels, height, width)`; padded to whole patches.
         patch_size: Side of a patch in pixels.
         autocast: Whether to compute in bfloat16.

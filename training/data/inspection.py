@@ -30,7 +30,7 @@ class Inspection:
         wrong: The same for label maps that do not fit their photograph, or are no maps of ids.
         ids: Those in each label map, in increasing order; empty where it is at fault.
         pixels: Each id and how many pixels have it, over all label maps that are not at fault.
-        hashes: Of each photograph's file, equal where files are; empty where there is none.
+        hashes: Hash of each photograph's file, equal where files are; empty where there is none.
     """
 
     unreadable: list[tuple[int, str]]

@@ -24,7 +24,7 @@ class Splits(dict[str, datasets.Dataset]):
         splits: By name, in the usual words "train", "validation" and "test".
         layout: What the folder was recognised as, in words.
         class_names: In the order of the classes; None where the dataset does not say.
-        encoding: Of the ids in its label maps; None where the dataset does not say.
+        encoding: Meaning of the ids in its label maps; None where the dataset does not say.
         suggested_names: Likely names of the classes, to be used where nobody says otherwise and the ids fit.
         notes: Sentences on rules that were applied and on files that were left out.
         folder: Where its files are, if in a folder.
@@ -63,10 +63,10 @@ class Layout:
     """One official layout.
 
     Args:
-        name: Of the dataset.
+        name: Name of the dataset.
         classes: Its name in `depict_hf.labels`.
         roots: Folders, inside the one that is given, which may hold it.
-        folders: Of which one or more tells that this layout is meant.
+        folders: Folders, one or more of which tell that this layout is meant.
         read: Finds pairs of photographs and label maps by split, and the encoding of the maps.
         file_pattern: What some file in `folders` must match, where folders of these names are usual elsewhere, too.
     """

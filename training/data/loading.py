@@ -172,7 +172,7 @@ def find_columns(
     """Names of the photograph's and the label map's column: as given, else found by their usual names.
 
     Args:
-        features: Of the dataset; only columns of images are candidates.
+        features: Features of the dataset; only columns of images are candidates.
         image_column: Its name where it is known.
         label_column: Its name where it is known.
 

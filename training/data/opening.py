@@ -21,7 +21,7 @@ class OpenedData:
 
     Args:
         splits: With "train", "validation" and "test" where the data have or allow them, and what their ids mean.
-        samples: Of each split, checked.
+        samples: Samples of each split, checked.
         class_names: In the order of the classes.
         description: Lines on layout, classes, splits and their numbers of images, and pixels of each class.
         warnings: What is no reason to refuse the data, but to look at them, each with its remedy.

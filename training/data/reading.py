@@ -44,7 +44,7 @@ class LabelEncoding:
     """The class that each id in a label map means.
 
     Args:
-        classes: Of id 0, 1, 2, ..., at least 256: 255 where the id is ignored, -1 where it means nothing and is
+        classes: Classes of id 0, 1, 2, ..., at least 256: 255 where the id is ignored, -1 where it means nothing and is
             refused, as all ids beyond the last are.
     """
 

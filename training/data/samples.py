@@ -25,17 +25,18 @@ class SegmentationDataset(torch.utils.data.Dataset):
     Args:
         dataset: One split.
         num_labels: Number of classes.
-        image_column: Of the photographs; found by its usual name if omitted.
-        label_column: Of the label maps; found likewise.
+        image_column: Column of the photographs; found by its usual name if omitted.
+        label_column: Column of the label maps; found likewise.
         reduce_labels: Whether label 0 becomes 255 and the others go down by one.
-        encoding: Of the label maps, instead of `reduce_labels`; by default they hold ids below `num_labels` and 255.
+        encoding: Meaning of the ids in label maps, instead of `reduce_labels`; by default they hold ids below
+            `num_labels` and 255.
         split: Its name, for messages; the dataset's own if omitted.
 
     Items are `image`, uint8 `(3, height, width)`, and `labels`, int64 `(height, width)`, decoded by the rules of
     `DepictImageProcessor` (palettes count by index) and turned as EXIF orientations say.
 
     Attributes:
-        pixels: Of each class over all label maps, `(num_labels,)` int64, where they have been counted.
+        pixels: Number of pixels of each class over all label maps, `(num_labels,)` int64, where they have been counted.
         left_out: Names of images of the split that are not among the samples.
     """
 
@@ -121,7 +122,7 @@ def digest(rows: Iterable[dict[str, dict | None]]) -> str:
     """Return a number for the contents of images and label maps, wherever they lie and whenever they were written.
 
     Args:
-        rows: Of `undecoded`.
+        rows: Rows of what `undecoded` returns.
 
     Returns:
         Sixteen hexadecimal digits of SHA-256 over the name, the size and the first 4096 bytes of each file, in order.
@@ -180,10 +181,10 @@ class EpochSampler(torch.utils.data.Sampler):
     """Indices of samples in an order that depends on seed and epoch alone, not on processes or earlier epochs.
 
     Args:
-        num_samples: Of the dataset.
-        seed: Of the order.
-        batch_size: Of an optimiser step over all processes and passes. Only whole batches are taken in an epoch, so
-            that how they are divided decides neither their number nor what is in each.
+        num_samples: Number of samples of the dataset.
+        seed: Seed of the order.
+        batch_size: Images of an optimiser step over all processes and passes. Only whole batches are taken in an epoch,
+            so that how they are divided decides neither their number nor what is in each.
     """
 
     def __init__(self, num_samples: int, seed: int, batch_size: int = 1):

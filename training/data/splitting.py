@@ -64,7 +64,7 @@ def assign(keys: list[str], shares: dict[str, float]) -> list[str]:
 
     Args:
         keys: Names, which should differ.
-        shares: Of each split, in the order in which they divide the interval from 0 to 1; their sum is 1.
+        shares: Share of each split, in the order in which they divide the interval from 0 to 1; their sum is 1.
 
     Raises:
         ValueError: If there are fewer keys than splits.

@@ -32,12 +32,12 @@ class StreamingDataset(torch.utils.data.IterableDataset):
     divides evenly and files are equal.
 
     Args:
-        stream: Of the training split, not shuffled.
-        encoding: Of its label maps.
+        stream: The stream of the training split, not shuffled.
+        encoding: Meaning of the ids in its label maps.
         augmentation: Random transforms.
-        seed: Of order and transforms.
-        images_per_epoch: Of this process, in whole batches.
-        batch_size: Of this process.
+        seed: Seed of order and transforms.
+        images_per_epoch: Images of this process, in whole batches.
+        batch_size: Images of this process.
         image_column, label_column: Found by their usual names if None.
         shuffle_buffer: Images among which the next one is chosen.
         process_index, num_processes: Which part of the stream is read.

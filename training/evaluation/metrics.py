@@ -223,7 +223,7 @@ def compare_metrics(record: dict, results: Mapping[str, Any], source: str) -> di
 
     Args:
         record: Ours.
-        results: Of `EvaluateMeanIoU.compute`.
+        results: What `EvaluateMeanIoU.compute` returned.
         source: Where that metric came from.
 
     Returns:

@@ -36,10 +36,10 @@ def write_picture(picture: PIL.Image.Image, output: Path, step: int, index: int,
     """Write a picture to `output/samples/step-STEP/INDEX.png`.
 
     Args:
-        picture: Of `sample_picture`.
-        output: Of the run.
+        picture: What `sample_picture` returned.
+        output: Folder of the run.
         step: Optimiser step.
-        index: Of the image in its split.
+        index: Index of the image in its split.
         writers: TensorBoard's, which get it too.
     """
     folder = output / "samples" / f"step-{step}"

@@ -12,7 +12,7 @@ def draw_curves(history: Sequence[Mapping], path: Path) -> bool:
 
     Args:
         history: Events with `stage`, `seconds`, and `loss` or `mean_iou`; others are passed over.
-        path: Of the picture.
+        path: Path of the picture.
 
     Returns:
         Whether it was drawn; matplotlib may be missing, which a line on stdout then says.
@@ -70,8 +70,8 @@ def render_report(
     """Write the report in Markdown.
 
     Args:
-        record: Of `evaluate`, on the test split, with `model`, `dataset` and `split`.
-        train_pixels, test_pixels: Of each class; the latter in the images that were evaluated.
+        record: What `evaluate` returned, on the test split, with `model`, `dataset` and `split`.
+        train_pixels, test_pixels: Pixels of each class; the latter in the images that were evaluated.
         history: As for `draw_curves`.
         start: Lines on what training started from.
         reasons: Lines on what was chosen and why.

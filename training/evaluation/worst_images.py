@@ -60,7 +60,7 @@ class WorstImages:
             image: uint8 `(3, height, width)`.
             labels: `(height, width)`, integer, 255 where there is no class.
             prediction: `(height, width)`, integer.
-            confusion: Of this image, as of `MeanIoU.count`.
+            confusion: Confusion matrix of this image, as of `MeanIoU.count`.
         """
         results = scores(confusion)
         mean_iou = results["mean_iou"]
@@ -82,7 +82,7 @@ class WorstImages:
         """Draw the contact sheet, worst first.
 
         Args:
-            titles: Of the kept images, in their order; their figures are added.
+            titles: Titles of the kept images, in their order; their figures are added.
             colors, names: As for `contact_sheet`.
 
         Raises:
@@ -109,8 +109,8 @@ def save_sheet(
         worst: Those of this process.
         samples: Where they come from; their files' names are the titles.
         id2label: Class names by id.
-        state: Of the processes, each of which has to call this.
-        path: Of a picture; folders above it are made.
+        state: The processes, each of which has to call this.
+        path: Path of a picture; folders above it are made.
     """
     if state.num_processes > 1:
         everywhere = gather_object(worst.images)

@@ -53,7 +53,7 @@ class Task:
 
     Args:
         what: Is done.
-        decoder: Of our model; empty where other models take part.
+        decoder: Kind of decoder of our model; empty where other models take part.
         size: (height, width) of the images in pixels.
         batch: Images at a time.
         sides: By name.

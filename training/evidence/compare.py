@@ -264,7 +264,7 @@ def measure_costs(recipes: dict[str, Recipe], grid_size: tuple[int, int], repeti
     Args:
         recipes: By decoder type.
         grid_size: (height, width) in patches.
-        repetitions: Of the timing; each round runs every decoder once, and one more round warms up.
+        repetitions: Rounds of the timing; each round runs every decoder once, and one more round warms up.
 
     Returns:
         `grid_size`, `threads`, and by decoder type `decoders`: `parameters`; `flops`, two per multiply-add of matrix
@@ -316,7 +316,7 @@ def compare_decoders(
         output: Receives `features`, `runs` and what `write_report` writes.
         decoders: Decoder types that this call trains; the report has all that `output` holds.
         rates: Learning rates to choose from.
-        seeds: Of the compared runs.
+        seeds: Seeds of the compared runs.
         steps: Optimiser steps of every run.
         backbone: Path or Hub name of the encoder; None takes the recipe's own.
         overrides: `field=value` of the recipe, for fields in `OVERRIDABLE`.

@@ -29,7 +29,7 @@ class TrainingCost:
     """What a recipe's training computes on its official training split.
 
     Args:
-        flops_per_step: Of one optimiser step: forward and backward pass over its global batch.
+        flops_per_step: FLOPs of one optimiser step: forward and backward pass over its global batch.
         steps: Optimiser steps.
         flops_before: Spent once, before the first step, on cached features.
     """

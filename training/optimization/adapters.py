@@ -14,7 +14,7 @@ def add_adapters(model: DepictForSemanticSegmentation, rank: int, alpha: float, 
 
     Args:
         model: Its decoder is not touched.
-        rank: Of the products.
+        rank: Rank of the products.
         alpha: They are multiplied by `alpha / rank`.
         num_frozen: First blocks that get none.
 

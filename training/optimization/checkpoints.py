@@ -69,8 +69,8 @@ class CheckpointKeeper(TrainerCallback):
 
     Args:
         output: Folder of the run.
-        accelerator: Of the processes, all of which write parts of a checkpoint.
-        average: Of the weights, which becomes part of the checkpoint.
+        accelerator: The accelerator of the processes, all of which write parts of a checkpoint.
+        average: Moving average of the weights, which becomes part of the checkpoint.
         every_steps: Optimiser steps after each of which a checkpoint is written, besides those that the arguments of
             `Trainer` ask for.
     """

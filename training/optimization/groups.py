@@ -41,8 +41,8 @@ def optimizer_groups(
 
     Args:
         model: A `DepictForSemanticSegmentation`, or its decoder alone in a module that calls it `decoder`.
-        learning_rate: Of the decoder's matrices.
-        weight_decay: Of matrices; norms, biases, tokens and step sizes have none.
+        learning_rate: Rate of the decoder's matrices.
+        weight_decay: Decay of matrices; norms, biases, tokens and step sizes have none.
         encoder_rate_factor: The rate of the encoder's last block is this times `learning_rate`.
         encoder_layer_decay: The rate of each encoder block is this times that of the next one.
         scale_rate_factor: The rate of class tokens, step sizes and the LayerNorm over classes, which together set the

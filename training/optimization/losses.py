@@ -18,8 +18,8 @@ class RecipeLoss:
             All count alike if None.
         focal_gamma: Exponent of `1 - p` before the logarithm of p, the probability of the pixel's class (Lin et al.,
             ICCV 2017); 0 is cross-entropy.
-        dice_weight: Of one minus the dice coefficient of probabilities, averaged over the classes that occur in an
-            image, then over the images (Milletari et al., 3DV 2016).
+        dice_weight: Weight of one minus the dice coefficient of probabilities, averaged over the classes that occur in
+            an image, then over the images (Milletari et al., 3DV 2016).
     """
 
     def __init__(self, class_weights: Tensor | None = None, focal_gamma: float = 0.0, dice_weight: float = 0.0):

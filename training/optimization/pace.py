@@ -32,8 +32,8 @@ class Budget:
 
     Args:
         seconds: In all; infinite where the run is bounded by steps.
-        spent_before: Of earlier sessions.
-        clock: Of this session, in seconds.
+        spent_before: Seconds of earlier sessions.
+        clock: Clock of this session, in seconds.
         started: When this session began, by the clock.
     """
 
@@ -57,9 +57,9 @@ class Pace:
     """How much of a stage is over.
 
     Args:
-        budget: Of the whole run.
-        starts_at, ends_at: Of the stage, in spent seconds of the budget.
-        steps: Of the stage, where those bound it.
+        budget: Budget of the whole run.
+        starts_at, ends_at: Beginning and end of the stage, in spent seconds of the budget.
+        steps: Optimiser steps of the stage, where those bound it.
         afterwards_seconds: Set apart after `ends_at` for another evaluation. Once evaluations in the stage show how
             long that will take, the stage ends the sooner or the later.
         afterwards_images: That the other evaluation should look at.
@@ -112,7 +112,7 @@ class PacedTrainer(SegmentationTrainer):
     """Trains until its stage is over, evaluates and saves `EVALUATIONS` times meanwhile, and reports in single lines.
 
     Args:
-        pace: Of the stage.
+        pace: Pace of the stage.
         report: Called with every event: `step`, `seconds` spent of the budget, and `loss`, or `mean_iou` with
             `image_seconds`, those of an image where whole images went through the whole model.
         kwargs: As for `SegmentationTrainer`.
@@ -184,7 +184,7 @@ class ProgressLine:
     """One line on how a run goes: rewritten on a terminal, elsewhere printed at evaluations and every half minute.
 
     Args:
-        budget: Of the run.
+        budget: Budget of the run.
         every_seconds: Between lines that no evaluation asks for, where there is no terminal.
     """
 

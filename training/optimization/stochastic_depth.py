@@ -68,11 +68,11 @@ def draw(
     """Draw for one forward pass.
 
     Args:
-        modules: Of `share_stochastic_depth`.
-        seed: Of the run.
+        modules: What `share_stochastic_depth` returned.
+        seed: Seed of the run.
         step: Optimiser step.
         positions: Place of each image of this pass among all images of the step.
-        device: Of the model.
+        device: Device of the model.
     """
     if not modules:
         return

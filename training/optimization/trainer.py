@@ -80,7 +80,7 @@ class SegmentationTrainer(transformers.Trainer):
     Args:
         recipe: Decides optimiser, rates, schedule, average and pictures; the arguments of `Trainer` for those, and its
             rotation of checkpoints, are not used.
-        loss: Of logits and labels, in training; the model's own cross-entropy if None.
+        loss: Loss of logits and labels, in training; the model's own cross-entropy if None.
         kwargs: As for `Trainer`. Training items are those of `TrainingDataset`, bytes that are normalised on the
             device; evaluation items may differ in size, and have labels of any resolution. Instead of `pixel_values`
             there may be `features` for a `training.data.DecoderOnFeatures`.

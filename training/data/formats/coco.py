@@ -145,8 +145,8 @@ def draw_instances(annotations: list[dict], height: int, width: int, classes: di
     """Draw the objects of one photograph: crowds first, then large before small ones; elsewhere 0.
 
     Args:
-        annotations: Of COCO, each with `category_id` and `segmentation`.
-        height, width: Of the photograph, in pixels.
+        annotations: Annotations as COCO has them, each with `category_id` and `segmentation`.
+        height, width: Size of the photograph, in pixels.
         classes: Class of each category.
         coco_mask: The module `pycocotools.mask`.
 
@@ -218,8 +218,8 @@ def draw_panoptic(path: Path, classes: dict[int, int]) -> np.ndarray:
     """Return the classes of a PNG of segment ids, red + 256 green + 65536 blue: uint8 `(height, width)`, 255 for id 0.
 
     Args:
-        path: Of the PNG.
-        classes: Of each segment.
+        path: Path of the PNG.
+        classes: Class of each segment.
 
     Raises:
         ValueError: If the PNG has segments that are not listed, or of an unknown category.

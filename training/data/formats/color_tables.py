@@ -36,9 +36,9 @@ class ColorTable:
     """Classes by colour.
 
     Args:
-        path: Of its file.
+        path: Path of its file.
         class_names: In the order of the file, or of its ids where it has such; names of `IGNORED_NAMES` are no classes.
-        classes: Of each colour, 255 where it is ignored.
+        classes: Class of each colour, 255 where it is ignored.
     """
 
     path: Path

@@ -41,7 +41,7 @@ def resolve_colors(folder: Path, paths: Sequence[Path], ignored: Sequence[Color]
 
     Args:
         folder: Where a table of colours may be.
-        paths: Of the label maps.
+        paths: Paths of the label maps.
         ignored: Colours without a class, whether the table has them or not.
 
     Raises:
@@ -114,7 +114,7 @@ def _refuse_colors(folder: Path, paths: Sequence[Path], count: int) -> None:
     Args:
         folder: Where a table of colours may be written.
         paths: Those that may be coloured.
-        count: Of all label maps.
+        count: Number of all label maps.
     """
     step = max(len(paths) // _READ_FOR_LISTING, 1)
     counts: Counter[int] = Counter()

@@ -25,7 +25,7 @@ class Drawing:
     """A label map that is not a file yet.
 
     Args:
-        name: Of what it is drawn from, for messages.
+        name: Name of what it is drawn from, for messages.
         depends_on: Texts that together determine what is drawn.
         draw: Draws it: ids of classes, uint8 `(height, width)`. Raises `ValueError` or `OSError` where it cannot.
         source: The picture that it is drawn from. Where that cannot be decoded, it takes the drawing's place, so that

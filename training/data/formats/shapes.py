@@ -12,7 +12,7 @@ def inside_polygon(points: Points, height: int, width: int) -> np.ndarray:
 
     Args:
         points: Its corners (x, y), in pixels from the picture's upper left corner.
-        height, width: Of the picture, in pixels.
+        height, width: Size of the picture, in pixels.
     """
     # Each edge toggles, in every row that it crosses, all pixels to the right of it.
     toggles = np.zeros((height, width + 1), dtype=np.int32)
