@@ -66,7 +66,7 @@ class Conversion:
     """What `convert_with_report` made, and from what.
 
     Attributes:
-        model: In evaluation mode, float32.
+        model: A model in evaluation mode, float32.
         image_processor: Carries, with the model's window, the protocol.
         report: Lines for people: decoder, classes and where their names are from, encoder, protocol and where it is
             from, parameters that were dropped.

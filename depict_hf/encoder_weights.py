@@ -56,7 +56,7 @@ def load_encoder(model: DepictForSemanticSegmentation, state_dict: Mapping[str, 
     code trains with 1e-5 from either.
 
     Args:
-        model: With a native encoder of the same shape.
+        model: A model with a native encoder of the same shape.
         state_dict: Parameters of a timm VisionTransformer (AugReg, DeiT, distilled or not), or of transformers' ViT or
             DeiT with or without a head. Classifiers, pooler and mask token are dropped.
 

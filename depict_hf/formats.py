@@ -12,9 +12,9 @@ def coco_file(ids: np.ndarray, names: list[str], file_name: str, image_id: int) 
 
     Args:
         ids: `(height, width)`, class ids; those beyond `names`, such as 255, belong to no class.
-        names: By class id, which is the category's id too.
+        names: Names by class id, which is the category's id too.
         file_name: File name of the photograph.
-        image_id: From 1. Files made with different ones can be joined: annotation ids differ as well.
+        image_id: A number from 1 on. Files made with different ones can be joined: annotation ids differ as well.
 
     Returns:
         One annotation per class that occurs: `segmentation` as compressed run lengths, `bbox` as left, top, width and
@@ -78,7 +78,7 @@ def geojson_file(ids: np.ndarray, names: list[str]) -> dict[str, Any]:
 
     Args:
         ids: `(height, width)`, class ids; those beyond `names`, such as 255, belong to no class.
-        names: By class id.
+        names: Names by class id.
 
     Returns:
         Features with `class`, `class_id` and `area` (pixels) as properties. Coordinates are pixels from the top left

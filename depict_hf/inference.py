@@ -40,7 +40,7 @@ class SegmentationModel(Protocol):
         config: Window size and stride, temperature, and the side of a patch.
         training: Whether it is in training mode, in which it is refused.
         device: Where it takes images.
-        dtype: In which it computes.
+        dtype: Type that it computes in.
     """
 
     config: DepictConfig
@@ -96,7 +96,7 @@ def segment(
     size and stride are those of `model.config`. Logits of all classes never exist at full size.
 
     Args:
-        model: In evaluation mode, on any device.
+        model: A model in evaluation mode, on any device.
         image_processor: Its `size` is the one at scale 1.
         images: PIL images, uint8 arrays `(height, width, 3)`, or paths of image files. Images and files are turned
             upright by their EXIF orientation, which is the size that counts.

@@ -125,9 +125,9 @@ class Processes:
     """This process among those that `torchrun` or `accelerate launch` started, on this machine and others.
 
     Attributes:
-        rank: From 0.
+        rank: Its number, from 0.
         count: Number of processes; 1 where there was no launcher.
-        local_rank: From 0, among those of this machine.
+        local_rank: Its number, from 0, among those of this machine.
     """
 
     rank: int = 0

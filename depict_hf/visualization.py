@@ -51,8 +51,8 @@ def overlay(
         segmentation: `(height, width)` integer tensor or array of the photograph's size; pixels of 255 stay as they
             are.
         colors: RGB in 0 to 255, by class id.
-        names: By class id, for a legend of the classes that occur, largest share first, long names cut short; without
-            names there is none.
+        names: Names by class id, for a legend of the classes that occur, largest share first, long ones cut short;
+            without names there is none.
         alpha: Weight of the colours, 0 to 1.
         contours: Whether a dark line is drawn where one class meets another; in large photographs a wider one.
 
@@ -196,9 +196,9 @@ def contact_sheet(
     """Draw photographs with their true and predicted classes, one below the other, and a legend.
 
     Args:
-        rows: From top to bottom, each below its title.
+        rows: Rows from top to bottom, each below its title.
         colors: RGB in 0 to 255, by class id; 255 in a label map is shown black.
-        names: By class id; the legend lists the classes that occur in any map.
+        names: Names by class id; the legend lists the classes that occur in any map.
         column_width: Pixels of every picture.
 
     Returns:
@@ -230,7 +230,7 @@ def class_shares(segmentation, names: list[str]) -> list[tuple[str, float]]:
 
     Args:
         segmentation: `(height, width)` integer tensor or array; pixels of 255 count to the image but to no class.
-        names: By class id.
+        names: Names by class id.
 
     Raises:
         ValueError: If an id has no name.

@@ -148,8 +148,8 @@ class CoarseScores:
 
     Args:
         mosaic: `(rows, columns, num_labels)`: the scores of all windows side by side, any floating type, any device.
-        vertical: From `rows` to the image's height.
-        horizontal: From `columns` to the image's width; against it for a mirrored view.
+        vertical: Axis from `rows` to the image's height.
+        horizontal: Axis from `columns` to the image's width; against it for a mirrored view.
     """
 
     mosaic: Tensor

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, started: float | None = None) -> int:
         started: When the command began, by `time.monotonic`; the minutes count from then. Now if None.
 
     Returns:
-        As `main`.
+        The exit code of `main`.
     """
     started = time.monotonic() if started is None else started
     try:

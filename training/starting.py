@@ -58,7 +58,7 @@ def start_from(source: str, class_names: tuple[str, ...], decoder_type: str | No
 
     Args:
         source: "default", a folder or Hub name of a model of this package, or of a backbone that `AutoBackbone` knows.
-        class_names: In the order of their ids. A model of the very same classes is kept whole.
+        class_names: Names in the order of their ids. A model of the very same classes is kept whole.
         decoder_type: Kind of decoder of the model; a source's own decoder is kept if it is of that type. None is the
             source's own, or DEPICT's "sa" where the source is a backbone.
 

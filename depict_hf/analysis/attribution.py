@@ -43,7 +43,7 @@ def forward_for_attribution(
     on a token's length; our terms sum to the cosine.
 
     Args:
-        model: In evaluation mode. Every input is processed whole, `config.window_size` does not apply.
+        model: A model in evaluation mode. Every input is processed whole, `config.window_size` does not apply.
         patch: (row, column) on the patch grid whose logits are returned; or
         area: `(grid_height, grid_width)`, booleans: patches over which logits are averaged. By default over all.
 

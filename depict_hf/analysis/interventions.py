@@ -34,7 +34,7 @@ def rotate_heads(model: DepictForSemanticSegmentation, generator: torch.Generato
     again by this, which does move logits a little.
 
     Args:
-        generator: On the CPU.
+        generator: A generator on the CPU.
 
     Raises:
         ValueError: If the decoder is a black box: its queries, keys and values have matrices of their own, and no such

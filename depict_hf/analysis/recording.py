@@ -34,7 +34,7 @@ class Recording:
         cross_tokens: In "ca" the class tokens before the first and after every cross-attention layer,
             `(batch, num_labels, hidden)` each; else empty.
         encoder_tokens: Tokens after the embeddings and after every encoder layer, prefix tokens included, if asked.
-        encoder_attentions: By layer `(batch, heads, tokens, tokens)`, for the layers that were asked for.
+        encoder_attentions: Attention weights `(batch, heads, tokens, tokens)` of each layer that was asked for.
     """
 
     decoder_type: str
@@ -87,7 +87,7 @@ def record(
     model sees in `segment`. To look at what `segment` does, pass one window (see `analyze`).
 
     Args:
-        model: In evaluation mode.
+        model: A model in evaluation mode.
         pixel_values: `(batch, channels, height, width)`, as the image processor prepares them.
         encoder_tokens: Whether to keep the encoder's tokens too.
         encoder_attentions: Encoder layers whose attention weights are kept. They need a second pass of the encoder,
@@ -150,7 +150,7 @@ def analyze(
     """Run a photograph once, at the image processor's size, and keep what lies between the decoder's layers.
 
     Args:
-        model: In evaluation mode.
+        model: A model in evaluation mode.
         photo: PIL image, uint8 array `(height, width, 3)`, or path of an image file; turned upright by its EXIF
             orientation.
         window: For a model with `config.window_size`, the number of one of its windows, counted from 0 row by row.

@@ -185,7 +185,7 @@ def principal_subspace(tokens: Tensor, dim: int, center: bool = False) -> Tensor
 
     Args:
         tokens: `(count, hidden)`.
-        dim: At most min(count, hidden).
+        dim: Number of dimensions, at most min(count, hidden).
         center: Whether the tokens' mean is taken away first, as principal component analysis does.
 
     Returns:

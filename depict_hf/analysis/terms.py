@@ -45,7 +45,7 @@ class Term:
             (of a "cbsa" layer), "norm_bias" (beta of the last LayerNorm), "bias" (of "linear"); where terms are summed
             by layer, "layer".
         layer: Decoder layer, counted from 0, for what belongs to one.
-        head: For "head", counted from 0.
+        head: Number of the head, for "head"; counted from 0.
     """
 
     kind: str
@@ -111,7 +111,7 @@ def contributions(
         side: "patches": how the patch token came to be what it is; or "classes": how the class token did.
 
     Returns:
-        For "linear" the split of the logit into the encoder's output and the bias.
+        The terms, which add up to the cosine; for "linear" those of the logit, the encoder's output and the bias.
 
     Raises:
         ValueError: If an index is out of range, or "linear" is asked for its class side, which does not exist.

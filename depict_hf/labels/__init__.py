@@ -124,7 +124,7 @@ def find_classes(wanted: str, names: list[str]) -> list[int]:
 
     Args:
         wanted: Names between commas. Where a class has several names between commas ("road, route"), any will do.
-        names: By class id.
+        names: Names by class id.
 
     Raises:
         ValueError: If a name is that of no class, or of several.

@@ -43,7 +43,7 @@ def open_samples(
     Args:
         splits: As `load_dataset_splits` returns them; a streamed split is stored first.
         split: Name of one, or a part of it.
-        class_names: In the order of the classes, to be compared with the dataset's where it has some.
+        class_names: Names in the order of the classes, to be compared with the dataset's where it has some.
         image_column, label_column, reduce_labels: As for `SegmentationDataset`. Where the layout of the dataset says
             how labels are encoded, that holds.
         skip_unreadable: Whether images that cannot be decoded are left out, and printed, instead of refused.
@@ -98,7 +98,7 @@ def settle_encoding(
     Such masks are those of no other kind: if 255 were ignored, nothing but class 0 would be left in all splits.
 
     Args:
-        found: In the split that is to be opened; the others are read only where it holds 0 and 255.
+        found: What was found in the split that is to be opened; the others are read only where it holds 0 and 255.
 
     Raises:
         ValueError: If names differ from those of the dataset, `reduce_labels` contradicts its layout, or there is

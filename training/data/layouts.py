@@ -21,9 +21,9 @@ class Splits(dict[str, datasets.Dataset]):
     """Splits of a dataset by name, and what its folder says of its labels.
 
     Args:
-        splits: By name, in the usual words "train", "validation" and "test".
+        splits: Splits by name, in the usual words "train", "validation" and "test".
         layout: What the folder was recognised as, in words.
-        class_names: In the order of the classes; None where the dataset does not say.
+        class_names: Names in the order of the classes; None where the dataset does not say.
         encoding: Meaning of the ids in its label maps; None where the dataset does not say.
         suggested_names: Likely names of the classes, to be used where nobody says otherwise and the ids fit.
         notes: Sentences on rules that were applied and on files that were left out.

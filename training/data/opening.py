@@ -20,9 +20,9 @@ class OpenedData:
     """Data that can be trained on.
 
     Args:
-        splits: With "train", "validation" and "test" where the data have or allow them, and what their ids mean.
+        splits: "train", "validation" and "test" where the data have or allow them, and what their ids mean.
         samples: Samples of each split, checked.
-        class_names: In the order of the classes.
+        class_names: Names in the order of the classes.
         description: Lines on layout, classes, splits and their numbers of images, and pixels of each class.
         warnings: What is no reason to refuse the data, but to look at them, each with its remedy.
     """
@@ -50,8 +50,8 @@ def open_data(
 
     Args:
         name_or_path: As for `load_dataset_splits`.
-        class_names: In the order of the ids in label maps; where omitted, those that the data name, or else "class 0",
-            "class 1" and so on ("background" and "foreground" for masks of 0 and 255).
+        class_names: Names in the order of the ids in label maps; where omitted, those that the data name, or else
+            "class 0", "class 1" and so on ("background" and "foreground" for masks of 0 and 255).
         image_column, label_column: Found by their usual names if None.
         reduce_labels: Whether label 0 is ignored and the others go down by one.
         skip_unreadable: Whether images that cannot be decoded are left out instead of refused.

@@ -214,7 +214,7 @@ class EpochDataset(torch.utils.data.Dataset):
 
     @property
     def epoch(self) -> int:
-        """As `set_epoch` was told last, in whichever process."""
+        """What `set_epoch` was told last, in whichever process."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:

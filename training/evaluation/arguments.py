@@ -102,7 +102,7 @@ def load_samples(
 
     Args:
         class_names: The model's, in the order of their ids.
-        reduce_labels: Where the arguments leave it open.
+        reduce_labels: Whether 0 is ignored, where the arguments leave it open.
 
     Raises:
         OSError: If there is no such dataset.

@@ -25,7 +25,7 @@ def interleaved_seconds(
     """Time functions in turns, so that whatever else the machine does falls on all of them alike.
 
     Args:
-        functions: By name; each is called once per round.
+        functions: Functions by name; each is called once per round.
         repetitions: Rounds that count.
         budget_seconds: No round begins after so many seconds, but one always counts.
         warm_up: Whether a round that does not count comes first.

@@ -102,7 +102,7 @@ class MeanIoU:
         """Compute the results over everything added since the start or the last `reset`; more may be added later.
 
         Returns:
-            As `scores`.
+            What `scores` returns.
         """
         return scores(self.confusion)
 

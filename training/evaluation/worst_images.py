@@ -25,7 +25,7 @@ class WorstImage:
     """One photograph with its figures, at most `THUMBNAIL_WIDTH` pixels wide.
 
     Args:
-        index: In its split.
+        index: Place in its split.
         mean_iou: Over the classes that occur in its label map or, on labelled pixels, in its prediction; a fraction.
         accuracy: Share of its labelled pixels with the true class.
         photo, truth, prediction: As in `SheetRow`.
@@ -56,7 +56,7 @@ class WorstImages:
         """Look at one image.
 
         Args:
-            index: In its split.
+            index: Place in its split.
             image: uint8 `(3, height, width)`.
             labels: `(height, width)`, integer, 255 where there is no class.
             prediction: `(height, width)`, integer.

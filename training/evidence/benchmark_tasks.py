@@ -36,7 +36,7 @@ class Side:
 
     Args:
         run: Does it once.
-        dtype: That it computes in.
+        dtype: Type that it computes in.
         attention_bytes: Size of the largest matrix of attention weights that it forms; 0 for fused attention.
         count_flops: Whether its arithmetic is PyTorch's, so that it can be counted.
     """
@@ -56,7 +56,7 @@ class Task:
         decoder: Kind of decoder of our model; empty where other models take part.
         size: (height, width) of the images in pixels.
         batch: Images at a time.
-        sides: By name.
+        sides: Sides by name.
         count_flops: Whether counting, which costs a run of every side, is worth it.
         left_out: Reasons, by the names of sides that cannot do it here.
     """

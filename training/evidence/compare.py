@@ -262,7 +262,7 @@ def measure_costs(recipes: dict[str, Recipe], grid_size: tuple[int, int], repeti
     """Measure parameters, arithmetic and time of decoders on one whole image.
 
     Args:
-        recipes: By decoder type.
+        recipes: Recipes by decoder type.
         grid_size: (height, width) in patches.
         repetitions: Rounds of the timing; each round runs every decoder once, and one more round warms up.
 

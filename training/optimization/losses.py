@@ -180,8 +180,8 @@ def _dice(rows: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Compute the dice loss, and how fast it grows with the probabilities it depends on.
 
     Args:
-        rows: As of `_probability_bands`.
-        labels: As there.
+        rows: Logits as for `_probability_bands`.
+        labels: Labels as there.
 
     Returns:
         The loss, a scalar; its slopes `(batch, num_labels, 1)`: additionally at the pixels of a class, and at all.

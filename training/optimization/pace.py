@@ -31,7 +31,7 @@ class Budget:
     """Seconds that a run may take, over all its sessions.
 
     Args:
-        seconds: In all; infinite where the run is bounded by steps.
+        seconds: Seconds in all; infinite where the run is bounded by steps.
         spent_before: Seconds of earlier sessions.
         clock: Clock of this session, in seconds.
         started: When this session began, by the clock.
@@ -62,7 +62,7 @@ class Pace:
         steps: Optimiser steps of the stage, where those bound it.
         afterwards_seconds: Set apart after `ends_at` for another evaluation. Once evaluations in the stage show how
             long that will take, the stage ends the sooner or the later.
-        afterwards_images: That the other evaluation should look at.
+        afterwards_images: Images that the other evaluation should look at.
         afterwards_at_most: Seconds of the other evaluation; beyond, it looks at fewer images.
     """
 

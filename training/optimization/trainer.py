@@ -269,7 +269,7 @@ class SegmentationTrainer(transformers.Trainer):
         """Give the model the weights to be used: best or last, averaged, adapters merged into the layers they adapt.
 
         Returns:
-            Of a model that the processes share (FSDP), all weights, in the main process; None otherwise.
+            All weights of a model that the processes share (FSDP), in the main process; None otherwise.
         """
         if self.is_fsdp_enabled:
             return self.accelerator.get_state_dict(self.model)

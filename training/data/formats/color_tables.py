@@ -37,7 +37,7 @@ class ColorTable:
 
     Args:
         path: Path of its file.
-        class_names: In the order of the file, or of its ids where it has such; names of `IGNORED_NAMES` are no classes.
+        class_names: Names in the order of the file, or of its ids where it has such; `IGNORED_NAMES` are no classes.
         classes: Class of each colour, 255 where it is ignored.
     """
 

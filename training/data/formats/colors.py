@@ -24,8 +24,8 @@ class Colored:
     """Label maps after colours became ids.
 
     Args:
-        paths: In the order in which they were given.
-        class_names: As the table has them; None where there is no table.
+        paths: Paths in the order in which they were given.
+        class_names: Names as the table has them; None where there is no table.
         source: Name of the table's file where colours were read by it.
         notes: What the table leaves out.
     """

@@ -22,7 +22,7 @@ class Found:
     Args:
         layout: What the folder was recognised as, in words.
         pairs: A photograph's and its label map's file, by split; without splits, all are in "train".
-        class_names: In the order of ids; None where the folder does not say.
+        class_names: Names in the order of ids; None where the folder does not say.
         suggested_names: Names that are likely, to be used where the ids fit and nobody says otherwise.
         encoding: Meaning of the ids; None where they are the classes, and 255 is ignored.
         notes: Sentences on rules that were applied and on files that were left out.
