@@ -159,7 +159,9 @@ def _bits(text: str) -> int:
 
 
 def _window(text: str) -> int | str:
-    return text if text == "none" else int(text)
+    from .loading import parse_window_size  # not before the option is given: it brings PyTorch
+
+    return parse_window_size(text)
 
 
 def segment_photos(args: argparse.Namespace) -> int:

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..imagefolder import SPLIT_NAMES
 from .coco import BACKGROUND_NAMES, find_photograph
-from .found import Found, Tree, check_class_count, listed, refuse, split_of
-from .rendering import Drawing, content_key, render
+from .found import Found, Tree, check_class_count, listed, refuse, split_of, without_area
+from .rendering import Drawing, content_key, render_splits
 from .shapes import inside_polygon, inside_rectangle, place_mask
 
 _AREAS = ("polygon", "mask", "box")
@@ -60,18 +60,14 @@ def find_cvat(tree: Tree) -> Found | None:
             f"{len(splits[None])} photographs, such as {splits[None][0][0]}, are in no subset called Train, Validation "
             "or Test, but others are; put all into subsets, or none."
         )
-    drawn = iter(render([drawing for pairs in splits.values() for _, drawing in pairs]))
+    drawn = render_splits(splits)
     notes = [f"pixels outside all shapes are class 0, {names[0]}; shapes are drawn by their depth, then in their order"]
-    lines: Counter[str] = Counter()
-    for (kind, _), count in shapes.items():
-        if kind not in (*_AREAS, "tag"):
-            lines[kind] += count
-    notes += [f"{count} shapes of type {kind} have no area and are left out" for kind, count in lines.items()]
+    notes += without_area((kind, count) for (kind, _), count in shapes.items() if kind not in (*_AREAS, "tag"))
     if any(kind == "box" for kind, _ in shapes):
         notes.append("boxes are drawn as filled rectangles")
     return Found(
         f"CVAT for images ({listed([str(tree.relative(path)) for path in files], 3)})",
-        {split or "train": [(photograph, next(drawn)) for photograph, _ in pairs] for split, pairs in splits.items()},
+        drawn,
         names,
         notes=tuple(notes),
     )

@@ -118,6 +118,14 @@ def listed(items: Sequence[str], shown: int = SHOWN, separator: str = ", ") -> s
     return separator.join(items[:shown]) + more
 
 
+def without_area(shapes: Iterable[tuple[str, int]]) -> list[str]:
+    """Write notes on shapes that no label map shows, such as lines, from kinds of shapes and their numbers."""
+    counts: Counter[str] = Counter()
+    for kind, number in shapes:
+        counts[kind] += number
+    return [f"{count} shapes of type {kind} have no area and are left out" for kind, count in counts.items()]
+
+
 def refuse(faults: Sequence[str], introduction: str) -> None:
     """Raise `ValueError` with all faults, the first `SHOWN` of them in lines of their own, if there are any."""
     if faults:

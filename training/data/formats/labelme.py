@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from .coco import BACKGROUND_NAMES, find_photograph
-from .found import Found, Tree, check_class_count, listed, refuse, split_of
-from .rendering import Drawing, cache_folder, content_key, render, write_whole
+from .found import Found, Tree, check_class_count, listed, refuse, split_of, without_area
+from .rendering import Drawing, cache_folder, content_key, render_splits, write_whole
 from .shapes import inside_circle, inside_polygon, inside_rectangle, place_mask
 
 _AREAS = ("polygon", "rectangle", "circle", "mask")
@@ -54,22 +54,18 @@ def find_labelme(tree: Tree) -> Found | None:
             f"{len(splits[None])} LabelMe files, such as that of {splits[None][0][0]}, lie in no folder of a split "
             "(train, val, test), but others do; put all into such folders, or none."
         )
-    drawn = iter(render([drawing for pairs in splits.values() for _, drawing in pairs]))
+    drawn = render_splits(splits)
     notes = [f"pixels outside all shapes are class 0, {names[0]}; later shapes of a file are drawn over earlier ones"]
     if any(label == _IGNORED for label, _ in counts):
         notes.append(f"shapes called {_IGNORED} are ignored")
-    lines: Counter[str] = Counter()
-    for (_, kind), count in counts.items():
-        if kind not in _AREAS:
-            lines[kind] += count
-    notes += [f"{count} shapes of type {kind} have no area and are left out" for kind, count in lines.items()]
+    notes += without_area((kind, count) for (_, kind), count in counts.items() if kind not in _AREAS)
     annotated = {photograph for pairs in splits.values() for photograph, _ in pairs}
     without = [str(tree.relative(path)) for path in tree.images if path not in annotated]
     if without:
         notes.append(f"{len(without)} photographs without a JSON file are left out: {listed(without)}")
     return Found(
         f"LabelMe ({len(files)} JSON files)",
-        {split or "train": [(photograph, next(drawn)) for photograph, _ in pairs] for split, pairs in splits.items()},
+        drawn,
         names,
         notes=tuple(notes),
     )

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +71,15 @@ def render(drawings: Sequence[Drawing]) -> list[Path]:
         write_whole(drawing.path, functools.partial(_save_png, ids))
     refuse(faults, f"{len(faults)} of {len(drawings)} label maps cannot be made:")
     return paths
+
+
+def render_splits(splits: Mapping[str | None, Sequence[tuple[Path, Drawing]]]) -> dict[str, list[tuple[Path, Path]]]:
+    """Pair the photographs of all splits with their label maps, drawn as by `render`.
+
+    Photographs in no split (None) become those of "train".
+    """
+    drawn = iter(render([drawing for pairs in splits.values() for _, drawing in pairs]))
+    return {split or "train": [(photograph, next(drawn)) for photograph, _ in pairs] for split, pairs in splits.items()}
 
 
 def _save_png(ids: np.ndarray, path: Path) -> None:
