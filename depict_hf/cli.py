@@ -293,24 +293,49 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help="fix the input in pixels, processed as one image; default: one window where the model has windows, else "
         "any size (onnx) or any multiples of the patch (torch-export)",
     )
+    parser.add_argument(
+        "--dynamic",
+        action="store_true",
+        help="onnx: any size where the model has windows, too; the file cuts and merges them, all windows of an image "
+        "at a time",
+    )
+    parser.add_argument(
+        "--preprocess",
+        action="store_true",
+        help="photographs as uint8 (batch, height, width, 3) go in: the file normalises and, where their size is free, "
+        "resizes",
+    )
     parser.add_argument("--labels", action="store_true", help="also output label maps, at the input's size")
+    parser.add_argument("--fp16", action="store_true", help="weights and computation in half precision")
     parser.add_argument("--int8", action="store_true", help="onnx: matrix products in 8-bit integers")
+    parser.add_argument("--photo", type=Path, help="photograph to compare file and model on; default: one that is made")
+    parser.add_argument("--license", metavar="NAME", help="of the weights; default: as the model's card says")
 
 
 def export_file(args: argparse.Namespace) -> int:
-    """Export a model, and say what its input is."""
+    """Write a model as one file that needs none of this package, and compare it with the model on a photograph."""
     from .export import export_model
     from .loading import load_model
 
     _check_empty(args.output)
     model, image_processor = load_model(args.model)
-    size = tuple(args.size) if args.size else None
-    path, size, outputs = export_model(model, image_processor, args.output, args.format, size, args.labels, args.int8)
-    if size:
-        sides = f"{size[0]} x {size[1]}"
-    else:
-        sides = "any height x any width" if args.format == "onnx" else "multiples of the patch"
-    print(f"{args.model} -> {path}: pixel_values of {sides} pixels, in batches, to {', '.join(outputs)}")
+    exported = export_model(
+        model,
+        image_processor,
+        args.output,
+        args.format,
+        tuple(args.size) if args.size else None,
+        args.labels,
+        args.int8,
+        fp16=args.fp16,
+        dynamic=args.dynamic,
+        preprocess=args.preprocess,
+        photo=args.photo,
+        license=args.license,
+    )
+    print(f"{args.model} -> {exported.report()}")
+    if exported.metadata["protocol"] == "one window" and args.format == "onnx":
+        print("  hint       --dynamic --preprocess --labels makes a file from whole photographs to label maps")
     return 0
 
 

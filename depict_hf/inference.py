@@ -394,8 +394,8 @@ def _windows(
                 window = (window_size, window_size)
                 corners = window_corners(size, window_size, model.config.window_stride or window_size)
             else:
-                # Else the model would pad, and return logits at the padded size; graphs of one size pad by themselves.
-                if getattr(model, "input_size", None) is None:
+                # Else the model would pad, and return logits at the input's size; exported graphs pad by themselves.
+                if not getattr(model, "pads", False):
                     pixels = pad_to_multiple(pixels, model.config.encoder_patch_size)
                 window = size_of(pixels)
                 corners = [(0, 0)]

@@ -183,6 +183,12 @@ def override_protocol(
     for name, value in numbers.items():
         if value is not None and value != "none" and value < 1:
             raise ValueError(f"Got {name}={value}, needed at least 1 pixel.")
+    settled = getattr(model, "settled", None)
+    if settled and any(value is not None for value in numbers.values()):
+        raise ValueError(
+            f"The exported file {settled} by itself, so that no size or windows can be chosen here; export the model "
+            "without --dynamic, or change its settings before."
+        )
     config = model.config
     window, stride = config.window_size, config.window_stride
     if window_size is not None:

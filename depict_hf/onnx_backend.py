@@ -82,11 +82,13 @@ class OnnxModel:
     """An exported model that is called as `DepictForSemanticSegmentation` is in evaluation mode, without windows.
 
     Attributes:
-        config: Of the model that was exported; `segment` cuts windows by it.
+        config: Of the model that was exported; `segment` cuts windows by it, unless the file does.
         input_size: (height, width) pixels that the graph is bound to, or None if it takes any.
+        pads: Whether images go in as they are, because the graph pads them where it needs to.
+        settled: What the file does itself, and `segment` therefore cannot do otherwise, in words; None if nothing.
         training: Always False.
         device: Where tensors are expected and returned: the CPU.
-        dtype: float32.
+        dtype: Of the logits: float32.
     """
 
     training = False
@@ -96,23 +98,30 @@ class OnnxModel:
     def __init__(self, session: "onnxruntime.InferenceSession", config: DepictConfig):
         self.config = config
         self._session = session
+        # Files written before version 0.3 call logits that cover padding, too, `patch_logits`.
         [self._output] = {"logits", "patch_logits"} & {output.name for output in session.get_outputs()}
+        self.pads = self._output == "logits"
         [pixel_values] = session.get_inputs()
-        size = tuple(pixel_values.shape[-2:])
+        self._takes_photographs = pixel_values.type == "tensor(uint8)"
+        size = tuple(pixel_values.shape[1:3] if self._takes_photographs else pixel_values.shape[2:])
         self.input_size = size if all(isinstance(side, int) for side in size) else None
+        metadata = session.get_modelmeta().custom_metadata_map
+        settled = {"resize_inside": "resizes photographs", "windows_inside": "cuts windows"}
+        self.settled = " and ".join(text for name, text in settled.items() if metadata.get(name) == "true") or None
 
     def __call__(self, pixel_values: Tensor) -> DepictSemanticSegmenterOutput:
         """Segment images as a whole.
 
         Args:
-            pixel_values: `(batch, channels, height, width)`, normalised.
+            pixel_values: `(batch, channels, height, width)`, as the image processor beside the file makes them:
+                normalised or, where the file does that, uint8.
 
         Returns:
-            `logits` as of `DepictSemanticSegmenterOutput`: on the patch grid or, where that would cover padding, at
+            `logits` as of `DepictSemanticSegmenterOutput`: on the patch grid or, where that could cover padding, at
             the input's size.
 
         Raises:
-            ValueError: If the graph does not take images of this size.
+            ValueError: If the graph does not take images of this size or type.
         """
         height, width = pixel_values.shape[-2:]
         if self.input_size not in (None, (height, width)):
@@ -121,11 +130,19 @@ class OnnxModel:
                 f"{self.input_size[1]}; call `segment` with the image processor saved beside it, at scale 1 unless it "
                 "has windows, or export without --size."
             )
-        values = pixel_values.to(self.device, self.dtype).contiguous().numpy()
-        [logits] = self._session.run([self._output], {"pixel_values": values})
+        if self._takes_photographs:
+            if pixel_values.dtype != torch.uint8:
+                raise ValueError(
+                    f"Got {pixel_values.dtype}, but the graph normalises by itself and takes uint8; use the image "
+                    "processor saved beside it."
+                )
+            values = pixel_values.to(self.device).permute(0, 2, 3, 1)
+        else:
+            values = pixel_values.to(self.device, self.dtype)
+        [logits] = self._session.run([self._output], {"pixel_values": values.contiguous().numpy()})
         logits = torch.from_numpy(logits)
         patch_size = self.config.encoder_patch_size
-        if self._output == "patch_logits" and (height % patch_size or width % patch_size):
+        if not self.pads and (height % patch_size or width % patch_size):
             padded_size = (height + -height % patch_size, width + -width % patch_size)
             logits = merge_windows([logits], [(0, 0)], (height, width), padded_size)
         return DepictSemanticSegmenterOutput(logits=logits)

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from conftest import DECODER_TYPES, tiny_model
 from transformers import Dinov2Config
 
+import depict_hf
 from depict_hf import DepictImageProcessor
-from depict_hf import export as export_module
-from depict_hf.export import export_model
+from depict_hf.export import export_model, writing
 from depict_hf.inference import load_photo, segment
 from depict_hf.onnx_backend import load_onnx, start_session
+from depict_hf.vit import LayerRecord
 
 STREET = Path(__file__).parent / "data" / "street.jpg"
 PATCH = 8
@@ -52,12 +53,16 @@ def random_images(*shape: int) -> torch.Tensor:
 
 @torch.no_grad()
 def expected_outputs(model, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores on the grid of the padded images, and label maps of the images."""
+    """Scores of exactly the images, on the patch grid where it fits and else of every pixel, and label maps."""
     height, width = pixel_values.shape[-2:]
     padded = F.pad(pixel_values, (0, -width % PATCH, 0, -height % PATCH))
     logits = model(padded).logits
-    full = F.interpolate(logits, padded.shape[-2:], mode="bilinear", align_corners=False)
-    return logits, full[..., :height, :width].argmax(dim=1)
+    full = F.interpolate(logits, padded.shape[-2:], mode="bilinear", align_corners=False)[..., :height, :width]
+    return logits if padded.shape == pixel_values.shape else full, full.argmax(dim=1)
+
+
+def at_pixels(logits: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(logits, pixel_values.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def run(folder: Path, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -79,7 +84,7 @@ def any_size(tmp_path_factory):
     folder = tmp_path_factory.mktemp("any_size")
     model = export_tiny()
     exported = export_model(model, DepictImageProcessor(size={"shortest_edge": 50}), folder, labels=True)
-    assert exported == (folder / "model.onnx", None, ["patch_logits", "labels"])
+    assert exported == (folder / "model.onnx", None, ["logits", "labels"])
     return model, folder
 
 
@@ -100,12 +105,13 @@ def test_any_size_and_batch(any_size, shape):
     pixel_values = random_images(*shape)
     outputs = run(folder, pixel_values)
     logits, labels = expected_outputs(model, pixel_values)
-    torch.testing.assert_close(outputs["patch_logits"], logits, **TOLERANCE)
+    # Of every pixel, whether there was something to pad or not: what users find does not depend on the size.
+    torch.testing.assert_close(outputs["logits"], at_pixels(logits, pixel_values), **TOLERANCE)
     assert outputs["labels"].dtype == torch.uint8
     assert share_equal(outputs["labels"], labels) > 0.999
 
-    with torch.no_grad():
-        torch.testing.assert_close(load_onnx(folder)(pixel_values).logits, model(pixel_values).logits, **TOLERANCE)
+    found = load_onnx(folder)(pixel_values).logits
+    torch.testing.assert_close(found, at_pixels(logits, pixel_values), **TOLERANCE)
 
 
 @pytest.mark.parametrize("options", [{}, {"scales": (0.6, 1.3), "flip": True}])
@@ -206,15 +212,17 @@ def test_torch_export_for_one_size(tmp_path):
 
 
 def test_files_that_compute_something_else_are_refused(tmp_path, monkeypatch):
-    trace = export_module._trace
+    trace = writing.trace
 
     def trace_another(graph, *args):
         other = copy.deepcopy(graph)
         other.decoder.classifier.bias.data[0] += 1
         return trace(other, *args)
 
-    monkeypatch.setattr(export_module, "_trace", trace_another)
-    message = r"cannot be exported for images of 32x32 pixels .* on 32x32 pixels, the file's logits differ"
+    monkeypatch.setattr(writing, "trace", trace_another)
+    message = (
+        r"cannot be exported for images of 32x32 pixels .* on a made photograph of 480 x 360 pixels, the file differs"
+    )
     with pytest.raises(ValueError, match=message):
         export_model(export_tiny("linear"), DepictImageProcessor(), tmp_path, "torch-export", size=(32, 32))
     assert not list(tmp_path.iterdir())
@@ -224,7 +232,7 @@ def test_backbones_bound_to_a_size_are_told_apart(tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("sizes are compared")
 
-    monkeypatch.setattr(export_module, "_trace", fail)
+    monkeypatch.setattr(writing, "trace", fail)
     message = (
         r"for images of any size \(RuntimeError: sizes are compared\); fix one with size=\(height, width\), --size"
     )
@@ -287,7 +295,9 @@ def test_every_combination(decoder_type, size, encoder, file_format, tmp_path):
         else:
             outputs = torch.export.load(exported.path).module()(pixel_values)
         logits, labels = expected_outputs(model, pixel_values)
-        torch.testing.assert_close(outputs[exported.output_names[0]], logits, **TOLERANCE)
+        if outputs["logits"].shape[-2:] == pixel_values.shape[-2:]:
+            logits = at_pixels(logits, pixel_values)
+        torch.testing.assert_close(outputs["logits"], logits, **TOLERANCE)
         assert share_equal(outputs["labels"], labels) > 0.999
 
 
@@ -296,7 +306,7 @@ def test_the_shipped_model(tmp_path):
     """At the size that it was made for, on a photograph as it comes."""
     from depict_hf import DepictForSemanticSegmentation
 
-    folder = Path(export_module.__file__).parent / "default_model"
+    folder = Path(depict_hf.__file__).parent / "default_model"
     model = DepictForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32)
     image_processor = DepictImageProcessor.from_pretrained(folder)
     export_model(model, image_processor, tmp_path)
@@ -323,3 +333,35 @@ def test_int8_is_for_onnx(tmp_path):
     with pytest.raises(ValueError, match="Got int8 for format 'torch-export', needed \"onnx\""):
         export_model(export_tiny(), DepictImageProcessor(), tmp_path / "out", "torch-export", int8=True)
     assert not (tmp_path / "out").exists()
+
+
+def old_export(folder: Path) -> tuple[torch.nn.Module, Path]:
+    """What earlier versions wrote for images of any size: scores on the grid of the padded image, as `patch_logits`."""
+
+    class OldGraph(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.encoder, self.decoder = model.encoder, model.decoder
+
+        def forward(self, pixel_values):
+            height, width = pixel_values.shape[-2:]
+            padded = F.pad(pixel_values, (0, -width % PATCH, 0, -height % PATCH))
+            return self.decoder(*self.encoder(padded, LayerRecord()), LayerRecord())
+
+    model = export_tiny("linear")
+    sides = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(OldGraph(model), (torch.zeros(2, 3, 87, 103),), dynamic_shapes=(sides,), strict=False)
+    options = {"input_names": ["pixel_values"], "output_names": ["patch_logits"], "dynamo": True, "verbose": False}
+    torch.onnx.export(program, (), **options).save(folder / "model.onnx")
+    model.config.to_json_file(folder / "config.json")
+    return model, folder
+
+
+def test_exports_of_earlier_versions_go_on_working(tmp_path):
+    model, folder = old_export(tmp_path)
+    exported, image_processor = load_onnx(folder), DepictImageProcessor(size={"shortest_edge": 50})
+    pixel_values = random_images(2, 3, 43, 59)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(pixel_values).logits, model(pixel_values).logits, **TOLERANCE)
+    [found], [expected] = (segment(each, image_processor, [STREET]) for each in (exported, model))
+    assert share_equal(found, expected) > 0.999

@@ -1,0 +1,17 @@
+"""Models as files that run without this package: ONNX graphs, and programs of `torch.export`."""
+
+from .check import TOLERANCES, Agreement, Tolerance
+from .graph import ExportedGraph
+from .writing import FILE_NAMES, OPSET, TOLERANCE, ExportedFile, export_model
+
+__all__ = [
+    "FILE_NAMES",
+    "OPSET",
+    "TOLERANCE",
+    "TOLERANCES",
+    "Agreement",
+    "ExportedFile",
+    "ExportedGraph",
+    "Tolerance",
+    "export_model",
+]
