@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if argv and argv[0] in TRAINING_COMMANDS:
-            return _training_module(argv[0]).main(argv[1:])
+            return _training_module(argv[0]).main(argv[1:], f"depict {argv[0]}")
         args = _parser().parse_args(argv)
         return COMMANDS[args.command].run(args)
     except (OSError, ValueError, ImportError) as error:
@@ -39,14 +39,21 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace], int]
 
 
+class TrainingCommand(NamedTuple):
+    """The module of the training package whose `main` takes the arguments, and one line of help."""
+
+    module: str
+    help: str
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="depict", description=__doc__)
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, command in COMMANDS.items():
         command.add_arguments(subparsers.add_parser(name, help=command.help, description=command.run.__doc__))
-    for name, line in TRAINING_COMMANDS.items():
-        subparsers.add_parser(name, help=line)
+    for name, each in TRAINING_COMMANDS.items():
+        subparsers.add_parser(name, help=each.help)
     return parser
 
 
@@ -72,11 +79,12 @@ def _training_module(command: str):
     Raises:
         ImportError: If it is in neither place, or packages that it needs are missing.
     """
+    module = TRAINING_COMMANDS[command].module
     for package in ("depict_hf.training", "training"):
         try:
-            return import_module(f"{package}.{command}")
+            return import_module(f"{package}.{module}")
         except ModuleNotFoundError as error:
-            if error.name not in (package, f"{package}.{command}"):
+            if error.name not in (package, f"{package}.{module}"):
                 raise ImportError(f"{error}; `depict {command}` needs it: pip install 'depict-hf[train]'") from error
     raise ImportError(f"`depict {command}` is not part of this installation; install depict-hf from its wheel.")
 
@@ -391,10 +399,10 @@ COMMANDS = {
     ),
     "export": Command("write a model as a file that runs without this package", _export_arguments, export_file),
 }
-# These read their own arguments: `depict train ...` is `python -m training.train ...` of the repository.
+# These read their own arguments: `depict evaluate ...` is `python -m training.evaluate ...` of the repository.
 TRAINING_COMMANDS = {
-    "train": "train a model on a data set",
-    "evaluate": "measure a model on a data set",
+    "train": TrainingCommand("own_classes", "train a model for the classes of one's own label maps"),
+    "evaluate": TrainingCommand("evaluate", "measure a model on a data set"),
 }
 
 

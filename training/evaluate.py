@@ -61,9 +61,9 @@ __all__ = [
 CROSS_CHECK_TOLERANCE = 1e-9
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m training.evaluate") -> int:
     started_in = environment()
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("model", help="folder or Hub name of a model with its image processor")
     add_data_arguments(parser)
     parser.add_argument(

@@ -1,0 +1,163 @@
+"""Every code block of every README and card runs, on made data, as it stands there.
+
+The names that stand for a reader's own things (`DATA`, `PHOTOS`, `CHECKPOINT`, ...) are files of such names here.
+"""
+
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import save_backbone, save_scenes
+
+from depict_hf.cli import main as depict
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "training" / "README.md", *sorted((ROOT / "model_cards").rglob("README.md"))]
+BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+# What is added to commands so that they end in seconds on the made data, or what takes the place of an argument.
+SMALL_RUN = ["size=28", "crop_size=28", "epochs=1", "batch_size=2", "warmup_steps=0", "num_workers=0", "report_to=none"]
+ADDED = {
+    "training.train": [*SMALL_RUN, "cache_features=false", "precision=float32", "class_balance=0", "sample_pictures=0"],
+    "training.evaluate": ["--workers", "0"],
+    "training.compare": [*SMALL_RUN[:2], "batch_size=2", "precision=float32", "--seeds", "0", "1"],
+    "training.benchmark": [
+        "--encoder",
+        "vit_tiny_patch16_384",
+        "--repetitions",
+        "1",
+        "--seconds",
+        "0",
+        "--labels",
+        "5",
+    ],
+    "evaluate": ["--workers", "0"],
+    "train": ["--from", "facebook/dinov2-small", "size=28", "crop_size=28", "num_workers=0"],
+}
+REPLACED = {
+    "--minutes": ["--max-steps", "2"],
+    "--steps": ["--steps", "2"],
+    "--rates": ["--rates", "1e-3"],
+    "--exponent": ["--exponent", "--decoder-only"],
+}
+# Commands that other places run, or that need what no test may have; each with the place or the reason.
+ELSEWHERE = {
+    "python3 -m venv": ".ci/run runs the README's own line in a clean checkout",
+    "pip install": "installing needs a package registry; test_packaging.py installs the package",
+    "ruff": ".ci/run",
+    "mypy": ".ci/run",
+    "make gpu": "needs a GPU",
+    "torchrun": "tests/training/test_launch.py and tests/test_cli.py start several processes",
+    "accelerate launch": "tests/training/test_launch.py starts several processes",
+}
+
+
+def blocks() -> list:
+    """Page, language and text of every block, as parameters."""
+    found = []
+    for page in PAGES:
+        name = page.relative_to(ROOT)
+        for index, (language, text) in enumerate(BLOCKS.findall(page.read_text(encoding="utf-8"))):
+            found.append(pytest.param(language, text, id=f"{name.parent.name or 'README'}-{index}-{language}"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Path:
+    """A reader's folder: the repository's files as they are named there, and what the reader is said to have."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("tests", "depict_hf", "model_cards"):
+        (folder / name).symlink_to(ROOT / name)
+    save_scenes(folder / "DATASET", 32, 48, {"train": 5, "validation": 3, "test": 2})
+    save_backbone(folder / "facebook" / "dinov2-small")
+    shutil.copytree(ROOT / "tests" / "data" / "published" / "ca_vit", folder / "CHECKPOINT")
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (folder / "DATA" / kind).mkdir(parents=True)
+    for index in range(9):
+        ids = np.arange(3, dtype=np.uint8).repeat(16)[None].repeat(32, 0)
+        noise = rng.integers(0, 40, (32, 48, 3))
+        PIL.Image.fromarray((ids[..., None] * 80 + noise).astype(np.uint8)).save(
+            folder / "DATA/images" / f"{index}.png"
+        )
+        PIL.Image.fromarray(ids).save(folder / "DATA/masks" / f"{index}.png")
+    (folder / "DATA" / "classes.txt").write_text("road\ncar\nsky\n")
+    (folder / "PHOTOS" / "town").mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "data" / "street.jpg", folder / "PHOTOS" / "town" / "street.jpg")
+    shutil.copy(ROOT / "tests" / "data" / "street.jpg", folder / "street.jpg")
+    return folder
+
+
+@pytest.mark.parametrize(("language", "text"), blocks())
+def test_block_runs(language, text, reader, datasets_cache, monkeypatch):
+    monkeypatch.chdir(reader)
+    if language == "python":
+        exec(compile(text, "<README>", "exec"), {"__name__": "__main__"})
+    elif language == "sh":
+        for line in text.splitlines():
+            run(line)
+    else:
+        assert language in ("text", "bibtex"), f"a block of {language!r}, which nothing runs"
+
+
+def run(line: str) -> None:
+    """Run one line of a shell block in this process, with what makes it small."""
+    if any(line.startswith(f"{command} ") or line == command for command in ELSEWHERE):
+        if "[" in line:
+            check_extras(line)
+        return
+    words = shlex.split(line, comments=True)
+    if words[:2] == ["python", "-m"]:
+        words, main = [words[2], *words[3:]], importlib.import_module(words[2]).main
+        arguments = words[1:]
+    else:
+        assert words[0] == "depict", f"{line!r} is no command that this test knows"
+        words, main = words[1:], depict
+        arguments = words
+    status = main(small(words[0], arguments))
+    assert status == 0, f"{line} ended with {status}"
+
+
+def small(command: str, arguments: list[str]) -> list[str]:
+    """The arguments of a command, less what makes it long."""
+    result: list[str] = []
+    replaced = False
+    if command == "training.benchmark":
+        result = (
+            ["--sizes", "64", "128"] if "--exponent" in arguments else ["--sizes", "64", "--what", "photo", "stages"]
+        )
+    for each in arguments:
+        if each.startswith("--") or "=" in each:
+            replaced = each in REPLACED
+            result += REPLACED[each] if replaced else [each]
+        elif not replaced:
+            result.append(each)
+    output = next((each for each in result if each in ("OUT", "START", "OUTPUT", "FOLDER")), None)
+    if command in ("training.train", "training.compare", "train", "convert", "export") and output:
+        shutil.rmtree(output, ignore_errors=True)
+    return result + ADDED.get(command, [])
+
+
+def check_extras(line: str) -> None:
+    """The extras that a line installs exist."""
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in re.findall(r"\[(\w+)\]", line):
+        assert re.search(rf"^{extra} = \[", declared, re.MULTILINE), f"pyproject.toml has no extra {extra!r}"
+
+
+def test_pages_name_files_that_exist():
+    """A link that leads nowhere is a promise that is not kept."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tracked:
+        pytest.skip("not a checkout, so that files that are not part of it cannot be told apart")
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                path = (page.parent / target).resolve().relative_to(ROOT)
+                assert any(each == str(path) or each.startswith(f"{path}/") for each in tracked), f"{page}: {target}"
