@@ -98,7 +98,7 @@ class OnnxModel:
     def __init__(self, session: "onnxruntime.InferenceSession", config: DepictConfig):
         self.config = config
         self._session = session
-        # Files written before version 0.3 call logits that cover padding, too, `patch_logits`.
+        # Earlier files call logits `patch_logits` where they cover padding, too.
         [self._output] = {"logits", "patch_logits"} & {output.name for output in session.get_outputs()}
         self.pads = self._output == "logits"
         [pixel_values] = session.get_inputs()
