@@ -24,9 +24,9 @@ BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What is added to commands so that they end in seconds on the made data, or what takes the place of an argument.
 SMALL_RUN = ["size=28", "crop_size=28", "epochs=1", "batch_size=2", "warmup_steps=0", "num_workers=0", "report_to=none"]
 ADDED = {
-    "training.train": [*SMALL_RUN, "cache_features=false", "precision=float32", "class_balance=0", "sample_pictures=0"],
+    "training.train": [*SMALL_RUN, "cache_features=false", "precision=float32", "frozen_encoder_blocks=0"],
     "training.evaluate": ["--workers", "0"],
-    "training.compare": [*SMALL_RUN[:2], "batch_size=2", "precision=float32", "--seeds", "0", "1"],
+    "training.compare": [*SMALL_RUN[:2], "batch_size=2", "precision=float32"],
     "training.benchmark": [
         "--encoder",
         "vit_tiny_patch16_384",
@@ -43,7 +43,7 @@ ADDED = {
 REPLACED = {
     "--minutes": ["--max-steps", "2"],
     "--steps": ["--steps", "2"],
-    "--rates": ["--rates", "1e-3"],
+    "--rates": ["--rates", "1e-3", "--seeds", "0", "1"],
     "--exponent": ["--exponent", "--decoder-only"],
 }
 # Commands that other places run, or that need what no test may have; each with the place or the reason.
@@ -138,10 +138,14 @@ def small(command: str, arguments: list[str]) -> list[str]:
             result += REPLACED[each] if replaced else [each]
         elif not replaced:
             result.append(each)
+    added = ADDED.get(command, [])
     output = next((each for each in result if each in ("OUT", "START", "OUTPUT", "FOLDER")), None)
-    if command in ("training.train", "training.compare", "train", "convert", "export") and output:
+    if output and command in ("training.train", "training.compare", "train", "convert", "export"):
         shutil.rmtree(output, ignore_errors=True)
-    return result + ADDED.get(command, [])
+        # Fields come before options, some of which would take them for further values.
+        place = result.index(output) + 1
+        return result[:place] + added + result[place:]
+    return result + added
 
 
 def check_extras(line: str) -> None:

@@ -43,7 +43,8 @@ def draw_curves(history: Sequence[Mapping], path: Path) -> bool:
                 axes.plot(minutes, smoothed(values), color=axes.lines[-1].get_color())
         axes.set(title=title, xlabel="minutes")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(path, dpi=120)
     return True
 
