@@ -10,7 +10,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from .photographs import CONFIDENCE_SUFFIXES, RESULT_SUFFIXES, Processes, find_photographs, standard_input
+from .photographs import (
+    CONFIDENCE_SUFFIXES,
+    PHOTO_SUFFIXES,
+    RESULT_SUFFIXES,
+    Processes,
+    find_photographs,
+    standard_input,
+)
+
+__all__ = ["PHOTO_SUFFIXES", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

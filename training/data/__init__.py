@@ -5,7 +5,7 @@ from .checks import describe_classes, label_encoding, open_samples, print_once
 from .features import DecoderOnFeatures, FeatureDataset
 from .imagefolder import read_class_names
 from .layouts import Splits
-from .loading import find_columns, get_split, load_dataset_splits
+from .loading import IMAGE_COLUMNS, LABEL_COLUMNS, find_columns, get_split, load_dataset_splits
 from .opening import OpenedData, open_data
 from .reading import LabelEncoding, UnreadableImageError
 from .samples import (
@@ -15,6 +15,7 @@ from .samples import (
     TrainingDataset,
     count_pixels,
     digest,
+    read_sample,
     sample_generator,
     undecoded,
 )
@@ -23,6 +24,8 @@ from .streaming import CHECKED_IMAGES, StreamingDataset, check_stream, count_ima
 
 __all__ = [
     "CHECKED_IMAGES",
+    "IMAGE_COLUMNS",
+    "LABEL_COLUMNS",
     "DecoderOnFeatures",
     "EpochSampler",
     "EvaluationDataset",
@@ -50,6 +53,7 @@ __all__ = [
     "open_samples",
     "print_once",
     "read_class_names",
+    "read_sample",
     "sample_generator",
     "stream_columns",
     "undecoded",

@@ -2,7 +2,16 @@
 
 from .arguments import add_data_arguments, load_samples, load_with_overrides, settings, start_processes
 from .corruptions import CORRUPTIONS, SEVERITIES, Corruption, parse_corruptions
-from .evaluate_split import Execution, Observer, Protocol, evaluate, evaluate_under, spread, under_corruption
+from .evaluate_split import (
+    METRIC_DEFINITION,
+    Execution,
+    Observer,
+    Protocol,
+    evaluate,
+    evaluate_under,
+    spread,
+    under_corruption,
+)
 from .measurement import count_flops, interleaved_seconds, log_slope, matrix_product, peak_extra_bytes, wait_for
 from .metrics import EvaluateMeanIoU, MeanIoU, compare_metrics, largest_difference, scores
 from .pictures import sample_picture, write_picture
@@ -21,6 +30,7 @@ from .worst_images import WorstImages, check_sheet, save_sheet
 
 __all__ = [
     "CORRUPTIONS",
+    "METRIC_DEFINITION",
     "SEVERITIES",
     "Corruption",
     "EvaluateMeanIoU",

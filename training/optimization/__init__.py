@@ -3,6 +3,8 @@
 from .adapters import add_adapters
 from .checkpoints import check_same_run, discard_unfinished, find_checkpoint
 from .groups import (
+    SCALE_PARAMETERS,
+    TOKENS,
     count_encoder_blocks,
     create_optimizer,
     create_scheduler,
@@ -17,6 +19,8 @@ from .pace import Budget, Pace, PacedTrainer, ProgressLine, clock_time
 from .trainer import SegmentationTrainer, check_sharding
 
 __all__ = [
+    "SCALE_PARAMETERS",
+    "TOKENS",
     "Budget",
     "Pace",
     "PacedTrainer",
