@@ -104,7 +104,7 @@ class OptimizationSection(Section):
         least=0,
     )
     class_weights: tuple[float, ...] | None = setting(
-        "One for each class, by which its pixels count in the loss.", None
+        "Weights, one for each class, by which its pixels count in the loss.", None
     )
     class_balance: float = setting(
         "Instead of `class_weights`: pixels count by the frequency of their class in the training split to the power "
@@ -116,11 +116,11 @@ class OptimizationSection(Section):
     dice_weight: float = setting("Weight of a dice loss beside the cross-entropy; 0 for none.", 0.0, least=0)
     weight_decay: float = setting("Decay of matrices; norms, biases, tokens and step sizes have none.", 0.0, least=0)
     schedule: str = setting(
-        'From the learning rate down to `final_learning_rate`: "polynomial" (power 0.9) or "cosine".',
+        'How the rate falls to `final_learning_rate`: "polynomial" (power 0.9) or "cosine".',
         "polynomial",
         choices=("polynomial", "cosine"),
     )
-    final_learning_rate: float = setting("At the last step.", 1e-5, least=0)
+    final_learning_rate: float = setting("Rate at the last step.", 1e-5, least=0)
     warmup_steps: int = setting("Optimiser steps of linear growth from zero before the schedule.", 0, least=0)
     max_grad_norm: float = setting("Gradients are clipped to it; 0 for no clipping.", 0.0, least=0)
     average_decay: float = setting(
