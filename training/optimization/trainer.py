@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -27,49 +27,16 @@ from ..data import (
     FeatureDataset,
     Normalization,
     StreamingDataset,
-    TrainingDataset,
 )
 from ..evaluation import MeanIoU, sample_picture, spread, write_picture
 from ..recipe import Recipe
 from .adapters import has_adapters, merge_adapters
 from .averaging import WeightAverage
+from .callbacks import EarlyStopping, EpochSetter, FiniteLoss
 from .checkpoints import CheckpointKeeper, checkpoint_folders, is_complete
 from .groups import create_optimizer, create_scheduler, parameter_groups
 from .losses import RecipeLoss
 from .stochastic_depth import draw, share_stochastic_depth
-
-
-class EpochSetter(transformers.TrainerCallback):
-    """Tells data and sampler which epoch begins, also one that is entered in the middle.
-
-    accelerate reaches them neither in all processes nor in all resumed epochs.
-    """
-
-    def __init__(self, dataset: FeatureDataset | StreamingDataset | TrainingDataset, sampler: EpochSampler):
-        self.dataset = dataset
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        epoch = int(state.epoch + 1e-6)  # a sum of fractions
-        self.dataset.set_epoch(epoch)
-        self.sampler.set_epoch(epoch)
-
-
-class EarlyStopping(EarlyStoppingCallback):
-    """`EarlyStoppingCallback` without its warning that the best model must be loaded, which `finish` does."""
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        pass
-
-
-class FiniteLoss(transformers.TrainerCallback):
-    """Has the trainer look at the loss before the optimiser uses its gradients."""
-
-    def __init__(self, trainer: "SegmentationTrainer"):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self.trainer.check_loss()
 
 
 class SegmentationTrainer(transformers.Trainer):
@@ -108,7 +75,7 @@ class SegmentationTrainer(transformers.Trainer):
         self.stochastic_depth = share_stochastic_depth(self.model)
         self.passes = 0
         self.step_loss: Tensor | float = 0.0
-        self.add_callback(FiniteLoss(self))
+        self.add_callback(FiniteLoss(self.check_loss))
         self.average = (
             WeightAverage(self.model, recipe.optimization.average_decay) if recipe.optimization.average_decay else None
         )
@@ -128,8 +95,7 @@ class SegmentationTrainer(transformers.Trainer):
         """
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            stopping = state.stateful_callbacks.get(EarlyStopping.__name__)
-            if stopping and 0 < self.recipe.evaluation.early_stopping <= _evaluations_without_gain(stopping):
+            if 0 < self.recipe.evaluation.early_stopping <= EarlyStopping.evaluations_without_gain(state):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
                 return None
@@ -403,8 +369,3 @@ def check_sharding(recipe: Recipe, fsdp_version: int) -> None:
             f"Got {' and '.join(names)} for a model that the processes share (FSDP); leave it out, or launch without "
             "FSDP, so that every process holds the model."
         )
-
-
-def _evaluations_without_gain(early_stopping: dict) -> int:
-    """Return what a checkpoint says of `EarlyStopping`."""
-    return early_stopping["attributes"]["early_stopping_patience_counter"]
