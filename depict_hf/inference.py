@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import PIL.Image
@@ -14,9 +14,8 @@ import PIL.ImageOps
 import torch
 from torch import Tensor
 
-from .configuration_depict import DepictConfig
 from .image_processing_depict import DepictImageProcessor
-from .modeling_depict import DepictSemanticSegmenterOutput
+from .modeling_depict import SegmentationModel
 from .resampling import size_of
 from .windows import CoarseScores, Segmentation, enlarge_to_window, label_views, pad_to_multiple, window_corners
 
@@ -31,28 +30,6 @@ MAX_WAITING_PIXELS = 2**27
 # What reading a photograph raises: missing or truncated files and unknown formats (OSError), broken contents
 # (ValueError; SyntaxError from PIL's readers of EXIF and PNG), or sizes beyond PIL's limit.
 UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)
-
-
-class SegmentationModel(Protocol):
-    """What `segment` needs of a model: a `DepictForSemanticSegmentation` or an exported one (`onnx_backend`).
-
-    Attributes:
-        config: Window size and stride, temperature, and the side of a patch.
-        training: Whether it is in training mode, in which it is refused.
-        device: Where it takes images.
-        dtype: Type that it computes in.
-    """
-
-    config: DepictConfig
-    training: bool
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def __call__(self, pixel_values: Tensor, /) -> DepictSemanticSegmenterOutput: ...
 
 
 @overload

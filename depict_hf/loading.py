@@ -9,10 +9,9 @@ from safetensors import SafetensorError
 from transformers.image_utils import SizeDict
 
 from .image_processing_depict import DepictImageProcessor
-from .modeling_depict import DepictForSemanticSegmentation
+from .modeling_depict import DepictForSemanticSegmentation, SegmentationModel
 
 if TYPE_CHECKING:
-    from .inference import SegmentationModel
     from .onnx_backend import OnnxModel
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
@@ -162,7 +161,7 @@ def _older_capabilities() -> dict[str, bool]:
 
 
 def override_protocol(
-    model: "SegmentationModel",
+    model: SegmentationModel,
     image_processor: DepictImageProcessor,
     size: int | None = None,
     window_size: int | Literal["none"] | None = None,

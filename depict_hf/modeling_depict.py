@@ -1,6 +1,7 @@
 """`DepictForSemanticSegmentation`: encoder, decoder, windows and loss behind the interface of transformers."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,28 @@ class DepictSemanticSegmenterOutput(SemanticSegmenterOutput):
     decoder_attentions: tuple[Tensor, ...] | None = None
     cross_hidden_states: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
+
+
+class SegmentationModel(Protocol):
+    """What `inference.segment` needs of a model: a `DepictForSemanticSegmentation` or an exported one (`onnx_backend`).
+
+    Attributes:
+        config: Window size and stride, temperature, and the side of a patch.
+        training: Whether it is in training mode, in which it is refused.
+        device: Where it takes images.
+        dtype: Type that it computes in.
+    """
+
+    config: DepictConfig
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(self, pixel_values: Tensor, /) -> DepictSemanticSegmenterOutput: ...
 
 
 class BackboneEncoder(nn.Module):

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from depict_hf import DepictImageProcessor
 from depict_hf.configuration_depict import IGNORE_LABEL
-from depict_hf.inference import MAX_BATCH_PIXELS, SegmentationModel, segment
+from depict_hf.inference import MAX_BATCH_PIXELS, segment
+from depict_hf.modeling_depict import SegmentationModel
 
 from ..data import SegmentationDataset
 from .corruptions import Corruption
