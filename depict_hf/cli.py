@@ -83,7 +83,7 @@ class _Version(argparse.Action):
 
 
 def _training_module(command: str):
-    """The module behind `train` or `evaluate`: part of an installed package, beside it in the repository.
+    """Import the module behind `train` or `evaluate`: part of an installed package, beside it in the repository.
 
     Raises:
         ImportError: If it is in neither place, or packages that it needs are missing.

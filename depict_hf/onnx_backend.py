@@ -34,7 +34,7 @@ def start_session(path: Path, device: str = "cpu", num_threads: int | None = Non
 
     Args:
         device: A key of `PROVIDERS`.
-        num_threads: Of one operation on the CPU; by default as many as PyTorch uses.
+        num_threads: Threads of one operation on the CPU; by default as many as PyTorch uses.
 
     Raises:
         ValueError: If ONNX Runtime does not offer the device, or cannot read the file.
@@ -82,13 +82,13 @@ class OnnxModel:
     """An exported model that is called as `DepictForSemanticSegmentation` is in evaluation mode, without windows.
 
     Attributes:
-        config: Of the model that was exported; `segment` cuts windows by it, unless the file does.
+        config: Configuration of the model that was exported; `segment` cuts windows by it, unless the file does.
         input_size: (height, width) pixels that the graph is bound to, or None if it takes any.
         pads: Whether images go in as they are, because the graph pads them where it needs to.
         settled: What the file does itself, and `segment` therefore cannot do otherwise, in words; None if nothing.
         training: Always False.
         device: Where tensors are expected and returned: the CPU.
-        dtype: Of the logits: float32.
+        dtype: Type of the logits: float32.
     """
 
     training = False

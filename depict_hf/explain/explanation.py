@@ -50,9 +50,9 @@ class Explanation:
         confidence: The probabilities of these, as of `segment`.
         layout: Where windows and patches lie.
         patches: What was read for them.
-        recordings: Of the windows.
+        recordings: Records of the windows.
         shown_classes: Ids of the classes whose tokens are shown.
-        model: That made the records.
+        model: The model that made the records.
     """
 
     numbers: dict
@@ -66,7 +66,7 @@ class Explanation:
     model: DepictForSemanticSegmentation
 
     def page(self) -> str:
-        """One self-contained HTML file of less than 3 MB."""
+        """Write one self-contained HTML file of less than 3 MB."""
         from .page import page
 
         return page(self)
@@ -84,11 +84,11 @@ def explain(
     """Segment a photograph and say how every patch came to its class.
 
     Args:
-        model: In evaluation mode, with two classes or more.
+        model: A model in evaluation mode, with two classes or more.
         photo: PIL image, or path of an image file; turned upright by its EXIF orientation.
         at: (x, y), the pixel of the upright photograph whose patch is told in full; by default the one in the middle.
         class_name: Class whose token is told in full.
-        name: Of the photograph, for people; by default its file's.
+        name: Name of the photograph, for people; by default its file's.
 
     Returns:
         `numbers` has the keys below. Layers, heads, windows, rows and columns are counted from 0, classes are ids,
@@ -305,7 +305,7 @@ def _rates(model: DepictForSemanticSegmentation, recordings: list[Recording]) ->
 
 
 def rate_sentence(rates: list[float], compressions: list[list[float]] | None) -> str:
-    """What the curve says, in words; changes of less than 1 % count as none.
+    """Say what the curve shows; changes of less than 1 % count as none.
 
     Args:
         rates: R before the first and after every layer, in nats.

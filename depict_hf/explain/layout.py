@@ -43,7 +43,7 @@ class Layout:
         return window, ((position - starts[window]) // self.patch).astype(int)
 
     def locate(self, x: int, y: int) -> tuple[int, int, int]:
-        """The patch at a pixel of the photograph: window, row, column.
+        """Return the patch at a pixel of the photograph: window, row, column.
 
         Raises:
             ValueError: If the photograph has no such pixel.
@@ -61,16 +61,16 @@ class Layout:
         return window_row * len(self.starts[1]) + window_column, row, column
 
     def index(self, window: int, row: int, column: int) -> int:
-        """Of a patch among those of all windows."""
+        """Return the index of a patch among those of all windows."""
         return (window * self.grid[0] + row) * self.grid[1] + column
 
     def place(self, index: int) -> tuple[int, int, int]:
-        """Window, row and column of the patch with that index."""
+        """Return window, row and column of the patch with that index."""
         window, patch = divmod(index, self.grid[0] * self.grid[1])
         return window, *divmod(patch, self.grid[1])
 
     def box(self, window: int, row: int, column: int) -> list[float]:
-        """[left, top, right, bottom] of a patch in pixels of the photograph."""
+        """Return [left, top, right, bottom] of a patch in pixels of the photograph."""
         starts = (self.starts[0][window // len(self.starts[1])], self.starts[1][window % len(self.starts[1])])
         edges = []
         for axis, number in enumerate((row, column)):
@@ -81,7 +81,7 @@ class Layout:
         return [round(each, 2) for each in (left, top, right, bottom)]
 
     def areas(self, picture: tuple[int, int]) -> np.ndarray:
-        """Share of a picture of the photograph, `(height, width)` pixels, that belongs to each patch of each window.
+        """Return the share of a picture, `(height, width)` pixels, that belongs to each patch of each window.
 
         Returns:
             In the order of `index`; 0 for patches that lie nearer to the centre of another window.
@@ -98,7 +98,7 @@ class Layout:
 def record_windows(
     model: DepictForSemanticSegmentation, image_processor: DepictImageProcessor, photo: PIL.Image.Image
 ) -> tuple[Layout, list[Recording]]:
-    """One record per window, or one of the whole photograph where the model has no windows."""
+    """Make one record per window, or one of the whole photograph where the model has no windows."""
     pixel_values = image_processor(photo, return_tensors="pt")["pixel_values"]
     size = model.config.window_size
     if size is not None:

@@ -31,7 +31,7 @@ COARSENINGS = ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (16, 16),
 
 
 def page(explanation: Explanation) -> str:
-    """The page; everything that comes from files, class names included, is escaped.
+    """Write the page; everything that comes from files, class names included, is escaped.
 
     No script or style runs but its own, whose hashes are in its content security policy, and nothing is loaded.
     """
@@ -67,7 +67,7 @@ def _hash(text: str) -> str:
 
 
 def _data(explanation: Explanation) -> dict:
-    """All but the heads' maps."""
+    """Gather all but the heads' maps."""
     numbers, layout, patches = explanation.numbers, explanation.layout, explanation.patches
     height, width = _picture_size(layout)
     file = io.BytesIO()
@@ -122,14 +122,14 @@ def _scale(values: np.ndarray, most: int) -> float:
 
 
 def _pack(values: np.ndarray, dtype: str, scale: float = 1) -> dict:
-    """Little-endian numbers, of which each stands for `scale`, deflated (zlib) and in base 64."""
+    """Pack little-endian numbers, of which each stands for `scale`, deflated (zlib) and in base 64."""
     values = values if dtype == "float32" else np.rint(values / scale)
     data = base64.b64encode(zlib.compress(values.astype(np.dtype(dtype).newbyteorder("<")).tobytes(), 9)).decode()
     return {"dtype": dtype, "shape": list(values.shape), "scale": scale, "data": data}
 
 
 def _head_maps(explanation: Explanation, room: int) -> dict:
-    """Where every patch and shown class token looks, as fine as fits into `room` bytes.
+    """Show where every patch and shown class token looks, as fine as fits into `room` bytes.
 
     `patches` has the shape (window, square of patches, layer, head, square), `classes` (window, class, layer, head,
     square). A value is the share of attention that goes to the patches of a square, on average over the patches that
@@ -168,7 +168,7 @@ def _head_maps(explanation: Explanation, room: int) -> dict:
 
 
 def _packed_maps(maps: np.ndarray) -> dict:
-    """The maps' brightness, largest shares, and what they sum to: 1 less what goes to class tokens."""
+    """Return the maps' brightness, largest shares, and what they sum to: 1 less what goes to class tokens."""
     peaks = maps.max(-1)
     relative = maps / np.where(peaks > 0, peaks, 1)[..., None]
     return {
@@ -209,7 +209,7 @@ def _squares(maps: np.ndarray, square: int) -> np.ndarray:
 
 
 def _sum_squares(maps: Tensor, size: int) -> Tensor:
-    """Sums over squares of `size` patches, `(..., height, width)` to `(..., ceil(height / size), ceil(width / size))`;
+    """Sum over squares of `size` patches, `(..., height, width)` to `(..., ceil(height / size), ceil(width / size))`;
     those at the bottom and right may be cut off."""
     height, width = maps.shape[-2:]
     padded = F.pad(maps, (0, -width % size, 0, -height % size))

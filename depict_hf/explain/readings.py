@@ -20,8 +20,8 @@ class Patches:
         classes: Best and second class that would be read before the first and after every layer,
             `(patches, layers + 1, 2)`; for "linear" once.
         probabilities: Theirs, of the same shape.
-        label_probabilities: Of the class that is read in the end, at every stage, `(patches, layers + 1)`.
-        final: Of all classes in the end, `(patches, num_labels)`.
+        label_probabilities: Those of the class that is read in the end, at every stage, `(patches, layers + 1)`.
+        final: Probabilities of all classes in the end, `(patches, num_labels)`.
         contributions: What the scores of the last best and second class split into, `(patches, terms, 2)`.
         scores: Their sums, `(patches, 2)`: cosines, for "linear" logits.
         terms: What the summands are.
@@ -63,7 +63,7 @@ def read_patches(model: DepictForSemanticSegmentation, recordings: list[Recordin
 def head_maps(
     model: DepictForSemanticSegmentation, recording: Recording, patch: tuple[int, int] | None, label: int | None
 ) -> np.ndarray:
-    """`attention_map` of a patch or class token for all layers, `(layers, heads, grid_height, grid_width)`."""
+    """Return `attention_map` of a patch or class token for all layers, `(layers, heads, grid_height, grid_width)`."""
     part = "cross" if label is not None and recording.decoder_type == "ca" else "decoder"
     stages = recording.cross_tokens if part == "cross" else recording.decoder_tokens
     maps = [attention_map(model, recording, layer, patch, label, part)[0] for layer in range(len(stages) - 1)]

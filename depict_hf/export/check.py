@@ -48,7 +48,7 @@ class Agreement:
     Attributes:
         equal_labels: Share of the pixels with the same label.
         difference: Largest difference of two logits.
-        largest_logit: Of the model's, without sign.
+        largest_logit: Largest of the model's, without sign.
         tolerance: What was asked for.
         photograph: What they were compared on.
     """
@@ -74,7 +74,7 @@ class Agreement:
 
 
 def tolerance_for(precision: str, resized: bool) -> Tolerance:
-    """What is asked of a file of this precision, a key of `TOLERANCES`, that resizes photographs or does not."""
+    """Say what is asked of a file of this precision, a key of `TOLERANCES`, that resizes photographs or does not."""
     tolerance = TOLERANCES[precision]
     if not resized:
         return tolerance
@@ -85,7 +85,7 @@ def tolerance_for(precision: str, resized: bool) -> Tolerance:
 
 
 def made_photograph(height: int = MADE_SIZE[0], width: int = MADE_SIZE[1]) -> PIL.Image.Image:
-    """A scene of sky, houses, trees and a road under uneven light, drawn by a rule: the same for everybody."""
+    """Draw a scene of sky, houses, trees and a road under uneven light, drawn by a rule: the same for everybody."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
     scene = np.stack([120 + 90 * y, 160 + 60 * y, 225 - 10 * y], axis=-1)
@@ -109,7 +109,7 @@ def made_photograph(height: int = MADE_SIZE[0], width: int = MADE_SIZE[1]) -> PI
 
 
 def photograph_tensor(photo: PIL.Image.Image, channels: int) -> Tensor:
-    """A photograph for a model of so many channels, `(1, channels, height, width)` uint8.
+    """Return a photograph for a model of so many channels, `(1, channels, height, width)` uint8.
 
     Those beyond the third repeat the first three.
     """
@@ -138,7 +138,7 @@ def agreement(
 
     Args:
         run: Computes the file's outputs from its input.
-        model: In float32, in evaluation mode, on the CPU.
+        model: The model in float32, in evaluation mode, on the CPU.
         image_processor: Prepares the photograph as for the model.
         photo: `(1, channels, height, width)` uint8.
         fixed_size: (height, width) pixels of the file's input where it takes no other; cut from the photograph's
@@ -175,7 +175,7 @@ def agreement(
 def reference_logits(
     model: DepictForSemanticSegmentation, images: Tensor, size: tuple[int, int], windows: bool
 ) -> Tensor:
-    """Logits of the model in PyTorch at `size` = (height, width), by windows as `inference.segment` takes them."""
+    """Return PyTorch's logits at `size` = (height, width), by windows as `inference.segment` takes them."""
     window = model.config.window_size
     if not windows or window is None:
         sides = _sides(images)
@@ -209,7 +209,7 @@ def _normalized(image_processor: DepictImageProcessor, images: Tensor) -> Tensor
 
 
 def _cut(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """The middle of images, enlarged where they are smaller than `size` = (height, width)."""
+    """Cut the middle out of images, enlarged where they are smaller than `size` = (height, width)."""
     height, width = size
     grow = max(height / images.shape[-2], width / images.shape[-1])
     if grow > 1:

@@ -27,7 +27,7 @@ class ExportedGraph(nn.Module):
             there are more than 256 classes.
 
     Args:
-        model: In evaluation mode; not changed.
+        model: A model in evaluation mode; not changed.
         labels: Whether label maps are an output.
         pad: Whether what the encoder sees is zero-padded to multiples of the patch, so that it may have any size;
             without it, both sides must be such multiples. Of no consequence with `windows`.
@@ -98,7 +98,7 @@ class ExportedGraph(nn.Module):
         return images
 
     def _whole(self, images: Tensor, size: Sequence[int]) -> Tensor:
-        """Logits of images that the encoder sees whole."""
+        """Return logits of images that the encoder sees whole."""
         logits, padded_size = self._scores(images)
         if not self.has_pixel_logits:
             return logits
@@ -109,7 +109,7 @@ class ExportedGraph(nn.Module):
         return vertical @ logits @ horizontal.T
 
     def _by_windows(self, images: Tensor, size: Sequence[int]) -> Tensor:
-        """Logits of images that are cut into windows; all windows share one pass."""
+        """Return logits of images that are cut into windows; all windows share one pass."""
         window = self.window_size
         if not window_always_fits(self.size, window):
             images = _enlarge(images, enlarged_sides(images.shape[-2:], window))
@@ -128,12 +128,12 @@ class ExportedGraph(nn.Module):
         return vertical @ logits @ horizontal.T
 
     def _starts(self, length: int) -> Tensor:
-        """First pixels of the windows along one side, as `windows.window_starts`."""
+        """Return the first pixels of the windows along one side, as `windows.window_starts`."""
         count = (length - self.window_size + self.window_stride - 1) // self.window_stride + 1
         return (torch.arange(count) * self.window_stride).clamp(max=length - self.window_size)
 
     def _averages(self, starts: Tensor, padded: int, length: int) -> Tensor:
-        """Upsampling windows and averaging them along one side, as `resampling.axis_operator` without resizing.
+        """Write upsampling and averaging windows along one side, as `resampling.axis_operator` without resizing.
 
         Returns:
             `(length, windows * grid)`.
@@ -145,7 +145,7 @@ class ExportedGraph(nn.Module):
         return (upsample[place.clamp(0, self.window_size - 1)] * weights[..., None]).flatten(1)
 
     def _scores(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Logits on the patch grid, and the (height, width) pixels that the grid covers."""
+        """Return logits on the patch grid, and the (height, width) pixels that the grid covers."""
         height, width = images.shape[-2:]
         patch = self.patch_size
         if self.pad:
@@ -161,7 +161,7 @@ class ExportedGraph(nn.Module):
 
 
 def resized_sides(sides: Sequence[int], size: dict[str, int]) -> Sequence[int | torch.SymInt]:
-    """As `DepictImageProcessor.resize_size`, in integers alone and without asking which side is the shorter one."""
+    """Do as `DepictImageProcessor.resize_size`, in integers alone and without asking which side is the shorter one."""
     if size.get("height"):
         return [size["height"], size["width"]]
     shortest, longest = size["shortest_edge"], size.get("longest_edge")
@@ -175,7 +175,7 @@ def resized_sides(sides: Sequence[int], size: dict[str, int]) -> Sequence[int | 
 
 
 def enlarged_sides(sides: Sequence[int], window_size: int) -> Sequence[int | torch.SymInt]:
-    """As `windows.enlarge_to_window`: images whose shorter side is below the window grow until it fits."""
+    """Compute as `windows.enlarge_to_window` does: images whose shorter side is below the window grow until it fits."""
     return [
         torch.sym_max(torch.sym_max(side, window_size), side * window_size // other)
         for side, other in (sides, sides[::-1])
@@ -190,7 +190,7 @@ def window_always_fits(size: dict[str, int], window_size: int) -> bool:
 
 
 def fix_positions(encoder: nn.Module, grid_size: tuple[int, int]) -> nn.Module:
-    """A native encoder with its position embeddings resized for good, in a copy; backbones stay as they are."""
+    """Return a native encoder with its position embeddings resized for good, in a copy; backbones stay as they are."""
     if not isinstance(encoder, ViTEncoder):
         return encoder
     encoder = copy.deepcopy(encoder)
@@ -225,7 +225,7 @@ def trace(graph: ExportedGraph, channels: int, size: tuple[int, int] | None) -> 
 
 
 def _rounded(numerator: int, denominator: int) -> int:
-    """The quotient of positive integers, rounded to the nearest one, halves upwards."""
+    """Return the quotient of positive integers, rounded to the nearest one, halves upwards."""
     return (2 * numerator + denominator) // (2 * denominator)
 
 
@@ -235,7 +235,7 @@ def _unit(length: int) -> Tensor:
 
 
 def _enlarge(images: Tensor, size: Sequence[Any]) -> Tensor:
-    """As `resampling.resize_bilinear`, without asking whether the size already fits."""
+    """Resize as `resampling.resize_bilinear` does, without asking whether the size already fits."""
     return F.interpolate(images, size=list(size), mode="bilinear", align_corners=False)
 
 

@@ -24,15 +24,15 @@ def describe(
     size: tuple[int, int] | None,
     channels: int,
 ) -> dict[str, Any]:
-    """All that is needed to use a file without this package.
+    """Gather all that is needed to use a file without this package.
 
     Args:
-        config: Of the model.
-        settings: Of the image processor, resizing to `size` where that is fixed.
+        config: Configuration of the model.
+        settings: Settings of the image processor, resizing to `size` where that is fixed.
         file_format: "onnx" or "torch-export".
         precision: A key of `check.TOLERANCES`.
         size: (height, width) pixels of the input, or None where it may have any.
-        channels: Of the input.
+        channels: Number of channels of the input.
 
     Returns:
         Names as in the model's and the image processor's configurations; None for what does not apply.
@@ -93,7 +93,7 @@ def _usage(
     size: tuple[int, int] | None,
     is_window: bool,
 ) -> str:
-    """In words, what to do with a photograph, and what the file does with it."""
+    """Say what to do with a photograph, and what the file does with it."""
     steps = []
     if settings["do_resize"] and not graph.size:
         target = settings["size"]
@@ -132,13 +132,13 @@ def _usage(
 
 
 def flat(metadata: dict[str, Any]) -> dict[str, str]:
-    """For ONNX, whose metadata is text by name: everything but text as JSON; what does not apply is left out."""
+    """Flatten it for ONNX, whose metadata is text: everything but text as JSON; what does not apply is left out."""
     kept = {name: value for name, value in metadata.items() if value is not None}
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in kept.items()}
 
 
 def find_license(model: DepictForSemanticSegmentation) -> str:
-    """The licence of a model's weights: as its configuration or the card it was loaded with says, else "unknown".
+    """Find the licence of a model's weights: as its configuration or the card it was loaded with says, else "unknown".
 
     The card is the README.md in the folder, or in the Hub's repository, that the model came from.
     """

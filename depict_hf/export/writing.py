@@ -36,7 +36,7 @@ class ExportedFile(NamedTuple):
     """What `export_model` wrote.
 
     Attributes:
-        path: Of the file.
+        path: Path of the file.
         size: (height, width) pixels that its input is bound to, or None.
         output_names: As in `ExportedGraph`.
     """
@@ -51,7 +51,7 @@ class ExportedFile(NamedTuple):
         return json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8"))
 
     def report(self) -> str:
-        """Where the file is, what goes in and comes out, how to use it, and how it agreed with the model."""
+        """Say where the file is, what goes in and comes out, how to use it, and how it agreed with the model."""
         metadata = self.metadata
         given, agreed = metadata["input"], metadata["agreement"]
         if self.size:
@@ -114,7 +114,7 @@ def export_model(
         preprocess: Whether rescaling and normalisation are part of the file, whose input then is photographs,
             `(batch, height, width, channels)` uint8; where the size is free, resizing as well.
         photo: Photograph to compare on; by default one that is made.
-        license: Of the weights; by default what the model's configuration or card says, else "unknown".
+        license: Licence of the weights; by default what the model's configuration or card says, else "unknown".
 
     Raises:
         ValueError: If an argument has no meaning here, `photo` cannot be read, or the exporter cannot export this model
@@ -185,7 +185,7 @@ def export_model(
 
 @contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """A place for files that may fail, inside the folder and so in its file system; without trace where they do."""
+    """Keep a place for files that may fail, inside the folder and so in its file system; no trace where they do."""
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -257,7 +257,7 @@ def _settings(image_processor: DepictImageProcessor) -> dict[str, Any]:
 
 
 def _copy_for_export(model: DepictForSemanticSegmentation, attention: str) -> DepictForSemanticSegmentation:
-    """A frozen copy in float32 on the CPU, whose configuration names neither remote code nor a local path."""
+    """Return a frozen copy in float32 on the CPU, whose configuration names neither remote code nor a local path."""
     model = copy.deepcopy(model).float().eval().cpu().requires_grad_(False)
     model.set_attn_implementation(attention)
     config: Any = model.config
@@ -272,7 +272,7 @@ def _copy_for_export(model: DepictForSemanticSegmentation, attention: str) -> De
 def _settle_size(
     model: DepictForSemanticSegmentation, image_processor: DepictImageProcessor, size: tuple[int, int] | None
 ) -> tuple[tuple[int, int] | None, dict]:
-    """(height, width) pixels that the graph is bound to, or None, and the image processor's settings for it.
+    """Return (height, width) pixels that the graph is bound to, or None, and the image processor's settings for it.
 
     A size other than the model's window takes the place of the windows, which are removed from the model's
     configuration.
@@ -301,7 +301,7 @@ def _save_settings(
     preprocess: bool,
     resize: bool,
 ) -> None:
-    """What `--backend onnxruntime` reads: what is left to do outside of the file."""
+    """Write what `--backend onnxruntime` reads: what is left to do outside of the file."""
     config = copy.deepcopy(model.config)
     if windows:
         config.window_size = config.window_stride = None
@@ -391,7 +391,7 @@ def _quantize(path: Path) -> None:
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Only errors of these loggers; the exporter reports every node that it could not simplify."""
+    """Show only errors of these loggers; the exporter reports every node that it could not simplify."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -404,7 +404,7 @@ def _quiet(*names: str) -> Iterator[None]:
 
 
 def _runner(path: Path, output_names: list[str]) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The file as a function from its input to its outputs."""
+    """Open the file as a function from its input to its outputs."""
     if path.suffix != ".onnx":
         return torch.export.load(path).module()
     from ..onnx_backend import start_session

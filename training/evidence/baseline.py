@@ -67,11 +67,11 @@ class StraightforwardModel:
         return (total / (len(scales) * (1 + flip))).argmax(dim=0).cpu()
 
     def loss(self, pixel_values: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy on full-size logits."""
+        """Return the cross-entropy on full-size logits."""
         return F.cross_entropy(self.forward(pixel_values), labels, ignore_index=self.config.semantic_loss_ignore_index)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Logits `(batch, num_labels, height, width)` at the size of the input."""
+        """Return logits `(batch, num_labels, height, width)` at the size of the input."""
         height, width = pixel_values.shape[-2:]
         patch_size = self.config.patch_size
         padded = F.pad(pixel_values, (0, -width % patch_size, 0, -height % patch_size))
@@ -79,7 +79,7 @@ class StraightforwardModel:
         return F.interpolate(logits, size=padded.shape[-2:], mode="bilinear")[..., :height, :width]
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Patch tokens `(batch, patches, hidden)` and (grid_height, grid_width) of images of whole patches."""
+        """Return patch tokens `(batch, patches, hidden)` and (grid_height, grid_width) of images of whole patches."""
         prefix = "encoder.embeddings"
         projection = self.weights[f"{prefix}.projection.weight"], self.weights[f"{prefix}.projection.bias"]
         patches = F.conv2d(pixel_values, *projection, stride=self.config.patch_size)
@@ -96,7 +96,7 @@ class StraightforwardModel:
         return self._norm(tokens, "encoder.norm", self.config.layer_norm_eps)[:, len(extra) :], grid_size
 
     def decode(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """Logits `(batch, num_labels, grid_height, grid_width)` of patch tokens."""
+        """Return logits `(batch, num_labels, grid_height, grid_width)` of patch tokens."""
         kind = self.config.decoder_type
         layers = range(self.config.decoder_num_layers)
         if kind == "linear":
@@ -132,7 +132,7 @@ class StraightforwardModel:
         return next(iter(self.weights.values())).device
 
     def _prepare(self, image_processor: DepictImageProcessor, photo: np.ndarray, scale: float) -> Tensor:
-        """The photograph at one scale, `(1, 3, height, width)`, normalised and at least of a window's size."""
+        """Return the photograph at one scale, `(1, 3, height, width)`, normalised and at least of a window's size."""
         image = torch.from_numpy(photo).permute(2, 0, 1)[None].float()
         bounds = {name: int(side * scale) for name, side in dict(image_processor.size).items()}
         height, width = photo.shape[:2]
@@ -146,7 +146,7 @@ class StraightforwardModel:
         return image if self.config.window_size is None else enlarge_to_window(image, self.config.window_size)
 
     def _image_logits(self, image: Tensor) -> Tensor:
-        """Logits `(1, num_labels, height, width)` of one image: windows one by one, averaged where they overlap."""
+        """Return logits `(1, num_labels, height, width)` of one image: windows one by one, averaged in overlaps."""
         side = self.config.window_size
         if side is None:
             return self.forward(image)
@@ -172,7 +172,7 @@ class StraightforwardModel:
         return torch.cat([positions[:, :num_extra], grid], dim=1)
 
     def _block(self, tokens: Tensor, name: str, num_heads: int, eps: float = 1e-5) -> Tensor:
-        """An ordinary transformer block."""
+        """Run an ordinary transformer block."""
         qkv = self._linear(self._norm(tokens, f"{name}.norm1", eps), f"{name}.attention.qkv")
         query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
         context = (_weights(query, key) @ value).transpose(1, 2).flatten(2)
@@ -181,7 +181,7 @@ class StraightforwardModel:
         return tokens + self._linear(hidden, f"{name}.mlp.fc2")
 
     def _subspace(self, tokens: Tensor, name: str, queries: Tensor | None = None) -> Tensor:
-        """One step of MSSA, or of MSCA where there are queries."""
+        """Make one step of MSSA, or of MSCA where there are queries."""
         projection = self.weights[f"{name}.projection"]
         keys = self._heads(self._norm(tokens, f"{name}.norm") @ projection.T)
         queries = keys if queries is None else self._heads(queries @ projection.T)
@@ -189,7 +189,7 @@ class StraightforwardModel:
         return self.weights[f"{name}.step_size"] * (context @ projection)
 
     def _contract_and_broadcast(self, tokens: Tensor, grid_size: tuple[int, int], name: str) -> Tensor:
-        """One step of CBSA."""
+        """Make one step of CBSA."""
         projected = self._norm(tokens, f"{name}.norm") @ self.weights[f"{name}.projection.weight"].T
         patches = projected[:, : -self.config.num_labels].unflatten(1, grid_size).permute(0, 3, 1, 2)
         representatives = self._heads(F.adaptive_avg_pool2d(patches, (10, 10)).flatten(2).transpose(1, 2))
@@ -218,7 +218,7 @@ class StraightforwardModel:
 
 
 def _weights(queries: Tensor, keys: Tensor) -> Tensor:
-    """Attention weights, `(batch, heads, queries, keys)`."""
+    """Return attention weights, `(batch, heads, queries, keys)`."""
     return (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).softmax(dim=-1)
 
 
