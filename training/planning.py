@@ -47,7 +47,7 @@ class DataFacts:
     """What the plan needs to know of the data.
 
     Args:
-        class_names: In the order of their ids.
+        class_names: Names in the order of their ids.
         train, validation, test: Numbers of images.
         short_side: Median of the photographs, in pixels.
     """
@@ -65,15 +65,15 @@ class MachineFacts:
 
     Args:
         device: "cpu", "cuda", ...
-        patch_size: Of the encoder, in pixels.
-        num_blocks: Of the encoder.
-        hidden_size: Of the encoder.
+        patch_size: Side of a patch of the encoder, in pixels.
+        num_blocks: Blocks of the encoder.
+        hidden_size: Width of the encoder.
         precision: "bf16" or "float32".
         encode_seconds: The frozen encoder on one whole photograph of `size`.
         train_seconds: An optimiser step of fine-tuning, for each of its squares of `CROP` patches.
         segment_seconds: Segmenting one photograph with overlapping windows.
-        processors: That this process may use.
-        free_disk_bytes: Where the run writes.
+        processors: Processors that this process may use.
+        free_disk_bytes: Free bytes where the run writes.
         why_precision: The sentence that the report has on it.
     """
 
@@ -95,7 +95,7 @@ class Stage:
     """One part of a plan.
 
     Args:
-        name: In words, for lines and tables.
+        name: The stage in words, for lines and tables.
         recipe: Its settings; `epochs` is only a bound where time ends it.
         ends_at: Its end in spent seconds of the budget, evaluation included; infinite where steps bound it.
         steps: Optimiser steps that bound it, where there is no time.
@@ -115,9 +115,9 @@ class Plan:
 
     Args:
         stages: One or two.
-        validation_images: That each evaluation during training looks at, evenly spaced.
-        test_images: That the trained model is evaluated on.
-        test_seconds: That this is expected to take.
+        validation_images: Images that each evaluation during training looks at, evenly spaced.
+        test_images: Images that the trained model is evaluated on.
+        test_seconds: Seconds that this is expected to take.
         reasons: Lines on what was chosen and why.
     """
 
@@ -129,13 +129,13 @@ class Plan:
 
 
 def size_for(device: str, patch_size: int, short_side: int) -> int:
-    """Shorter side of photographs in pixels, whole patches: small photographs are enlarged, as patches are coarse."""
+    """Choose the shorter side of photographs, in whole patches: small ones are enlarged, as patches are coarse."""
     patches = SIZE if device == "cpu" or short_side < SIZE_ON_GPU * patch_size else SIZE_ON_GPU
     return patches * patch_size
 
 
 def base_recipe(data: DataFacts, machine: MachineFacts, means: tuple, stds: tuple, decoder_type: str) -> Recipe:
-    """What both stages share."""
+    """Return what both stages share."""
     crop = CROP * machine.patch_size
     batch_size = 2 ** min(3, int(math.log2(max(data.train, 1))))
     return Recipe(
@@ -175,7 +175,7 @@ def base_recipe(data: DataFacts, machine: MachineFacts, means: tuple, stds: tupl
 
 
 def stage_recipes(base: Recipe, machine: MachineFacts, overrides: Sequence[str]) -> tuple[Recipe | None, Recipe | None]:
-    """Recipes of the decoder alone, on features computed once, and of decoder and last two thirds of the encoder.
+    """Return recipes of the decoder alone, on cached features, and of decoder and last two thirds of the encoder.
 
     Overrides replace fields of both; one that a stage cannot be without leaves that stage out (None).
 
@@ -205,7 +205,7 @@ def stage_recipes(base: Recipe, machine: MachineFacts, overrides: Sequence[str])
 
 
 def check_overrides(overrides: Sequence[str]) -> set[str]:
-    """Short names of the fields that overrides replace.
+    """Return short names of the fields that overrides replace.
 
     Raises:
         ValueError: If a field is unknown, or an option of the command says the same.
@@ -229,12 +229,12 @@ def make_plan(
     """Decide stages, their lengths, and how much is evaluated.
 
     Args:
-        base: Of `base_recipe`.
-        seconds: That the run may take in all; infinite where `steps` bound it.
+        base: What `base_recipe` returned.
+        seconds: Seconds that the run may take in all; infinite where `steps` bound it.
         spent: Seconds that it took so far.
         steps: Optimiser steps of all stages together, or None.
         decoder_is_new: Whether some weights of the decoder are random; else there is no need to train it alone.
-        overrides: Of fields, as `section.field=value`.
+        overrides: Overrides of fields, as `section.field=value`.
 
     Raises:
         ValueError: If there is too little time to train anything, or an override cannot be followed.
@@ -303,7 +303,7 @@ def make_plan(
 
 
 def clock(seconds: float) -> str:
-    """Seconds in words."""
+    """Write seconds in words."""
     return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
@@ -314,7 +314,7 @@ def _workers(machine: MachineFacts) -> int:
 
 
 def _in_time(recipe: Recipe, machine: MachineFacts, left: float) -> tuple[Recipe, float]:
-    """The recipe of fine-tuning, on smaller squares where there is little time, and the steps to be expected."""
+    """Return the recipe of fine-tuning, on smaller squares where there is little time, and the steps to be expected."""
     left *= 1 - DECODER_SHARE - FEATURES_SHARE
     small = SMALL_CROP * machine.patch_size
     if left / _step_seconds(recipe, machine) < LEAST_STEPS and recipe.data.crop_size > small:
@@ -323,13 +323,13 @@ def _in_time(recipe: Recipe, machine: MachineFacts, left: float) -> tuple[Recipe
 
 
 def _step_seconds(recipe: Recipe, machine: MachineFacts) -> float:
-    """Of an optimiser step; what is measured is for squares of `CROP` patches."""
+    """Return the seconds of an optimiser step; what is measured is for squares of `CROP` patches."""
     squares = (recipe.data.crop_size / (CROP * machine.patch_size)) ** 2
     return recipe.optimization.batch_size * machine.train_seconds * squares
 
 
 def _cached_images(data: DataFacts, machine: MachineFacts, recipe: Recipe, left: float) -> int:
-    """How many training images are encoded beforehand, in the time and on the disk there is."""
+    """Say how many training images are encoded beforehand, in the time and on the disk there is."""
     images = data.train
     if not math.isinf(left):
         images = min(images, int(FEATURES_SHARE * left / (2 * machine.encode_seconds)))

@@ -89,7 +89,7 @@ def train_own_classes(arguments: argparse.Namespace, started: float) -> None:
     """Read, measure, plan, train, evaluate, report.
 
     Args:
-        arguments: Of `own_classes.add_arguments`.
+        arguments: Values of the options of `own_classes.add_arguments`.
         started: When the command began, by `time.monotonic`.
 
     Raises:
@@ -142,7 +142,7 @@ def train_own_classes(arguments: argparse.Namespace, started: float) -> None:
 
 
 def _asked(arguments: argparse.Namespace) -> dict:
-    """What a run depends on, as JSON gives it back."""
+    """Return what a run depends on, as JSON gives it back."""
     minutes = arguments.minutes
     if minutes is None and arguments.epochs is None and arguments.max_steps is None:
         minutes = DEFAULT_MINUTES
@@ -159,7 +159,7 @@ def _asked(arguments: argparse.Namespace) -> dict:
 
 
 def _open_run(output: Path, resume: bool, asked: dict) -> dict | None:
-    """What `run.json` of a run that goes on says; None for a new one.
+    """Read what `run.json` of a run that goes on says; None for a new one.
 
     Raises:
         ValueError: If OUT holds something and the run is not to go on, or it was asked for something else.
@@ -195,7 +195,7 @@ def _read_history(output: Path) -> list[dict]:
 
 
 def _fields_of_data(overrides: Sequence[str]) -> dict:
-    """Overrides that say how data are read, as arguments of `open_data`."""
+    """Return overrides that say how data are read, as arguments of `open_data`."""
     names = ("image_column", "label_column", "reduce_labels", "skip_unreadable")
     given = dict(each.partition("=")[::2] for each in overrides)
     given = {name.rpartition(".")[2]: text for name, text in given.items()}
@@ -296,7 +296,7 @@ def _run_stage(session: Session, index: int, model: DepictForSemanticSegmentatio
 
 
 def spaced(samples: SegmentationDataset, at_most: int | None) -> SegmentationDataset:
-    """At most so many samples, evenly spaced over the split; the very same object where these are all."""
+    """Keep at most so many samples, evenly spaced over the split; the very same object where these are all."""
     if at_most is None or at_most >= len(samples):
         return samples
     some = samples.select(spread(len(samples), at_most))
@@ -345,7 +345,7 @@ def _finish(session: Session, model: DepictForSemanticSegmentation, arguments, s
 
 
 def _affordable_test_images(session: Session, count: int) -> int:
-    """How many test images can be evaluated in the time that is left, by the speed of the last evaluation."""
+    """Say how many test images can be evaluated in the time that is left, by the speed of the last evaluation."""
     speeds = [event["image_seconds"] for event in session.history if event.get("image_seconds")]
     left = session.budget.left()
     if math.isinf(left) or not speeds:
@@ -354,7 +354,7 @@ def _affordable_test_images(session: Session, count: int) -> int:
 
 
 def _evaluate(session: Session, test: SegmentationDataset, images: int, output: Path) -> tuple[dict, list[int]]:
-    """The record of `evaluate` for what was saved, and pixels of each class; writes `worst.png`."""
+    """Return the record of `evaluate` for what was saved, and pixels of each class; writes `worst.png`."""
     recipe = session.plan.stages[-1].recipe
     state = start_processes()
     model, processor = load_model(output, state.device)
