@@ -126,17 +126,21 @@ def train_own_classes(arguments: argparse.Namespace, started: float) -> None:
     print("\n".join(start_lines))
 
     if saved:
-        plan, start_lines = _plan_from_json(saved["plan"]), saved["start"]
+        plan, start_lines, record = _plan_from_json(saved["plan"]), saved["start"], saved
     else:
         plan = _make_plan(asked, opened, start, budget, arguments.output, overrides)
-        write_json(
-            {"asked": asked, "start": start_lines, "plan": dataclasses.asdict(plan), "environment": environment()},
-            arguments.output / RUN,
-        )
-    print("\n".join(("Plan:", *(f"  {reason}" for reason in plan.reasons))))
+        record = {"asked": asked, "start": start_lines, "environment": environment()}
+        write_json(record | {"plan": dataclasses.asdict(plan)}, arguments.output / RUN)
+    _print_plan(plan)
     session = Session(arguments.output, budget, plan, opened.splits, history)
     model = start.model
     for index in range(len(plan.stages)):
+        if index and not math.isinf(budget.seconds) and not _stage_folder(session, index).exists():
+            start = dataclasses.replace(start, model=model, new=())
+            session.plan = _look_again(
+                session.plan, _make_plan(asked, opened, start, budget, arguments.output, overrides)
+            )
+            write_json(record | {"plan": dataclasses.asdict(session.plan)}, arguments.output / RUN)
         model = _run_stage(session, index, model)
     _finish(session, model, arguments, start_lines)
 
@@ -216,6 +220,25 @@ def _make_plan(asked: dict, opened, start: Start, budget: Budget, output: Path, 
     return make_plan(data, machine, base, budget.seconds, budget.spent(), steps, decoder_is_new, overrides)
 
 
+def _look_again(plan: Plan, again: Plan) -> Plan:
+    """The plan with fine-tuning as the machine allows it by now; unchanged where it no longer does."""
+    if [stage.name for stage in again.stages] != [plan.stages[-1].name]:
+        return plan
+    print("The machine measured again, before fine-tuning:")
+    print("\n".join(f"  {reason}" for reason in again.reasons if reason not in plan.reasons))
+    again = dataclasses.replace(again, stages=(*plan.stages[:-1], *again.stages))
+    first = [reason for reason in plan.reasons if reason.startswith("First")]
+    return dataclasses.replace(again, reasons=(*first, *again.reasons))
+
+
+def _print_plan(plan: Plan) -> None:
+    print("\n".join(("Plan:", *(f"  {reason}" for reason in plan.reasons))))
+
+
+def _stage_folder(session: Session, index: int) -> Path:
+    return session.output / WORK / f"{index + 1}-{session.plan.stages[index].name}"
+
+
 def _plan_from_json(values: dict) -> Plan:
     stages = [Stage(**(stage | {"recipe": _recipe_from_json(stage["recipe"])})) for stage in values["stages"]]
     return Plan(**(values | {"stages": tuple(stages), "reasons": tuple(values["reasons"])}))
@@ -234,7 +257,7 @@ def _recipe_from_json(values: dict) -> Recipe:
 def _run_stage(session: Session, index: int, model: DepictForSemanticSegmentation) -> DepictForSemanticSegmentation:
     """Train one stage, or load what it ended with; returns the model with its best weights."""
     stage = session.plan.stages[index]
-    recipe, folder = resolve_precision(stage.recipe), session.output / WORK / f"{index + 1}-{stage.name}"
+    recipe, folder = resolve_precision(stage.recipe), _stage_folder(session, index)
     set_exactness(recipe.hardware.tf32)
     done = folder / "model"
     if (done / "config.json").is_file():

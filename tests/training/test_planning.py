@@ -64,7 +64,7 @@ def test_of_many_images_as_many_are_encoded_as_time_and_disk_allow():
     many = dataclasses.replace(DATA, train=100_000, validation=5000)
     found = plan(data=many)
     left = 3600 * 0.97 - 30 - 50
-    assert found.stages[0].images == int(0.15 * left / 1.0)
+    assert found.stages[0].images == int(0.25 * left / 1.0)
     assert found.validation_images == int(0.08 * left / (10 * 0.5))
     assert found.stages[1].images is None
     # 42 x 56 patches of two times 384 numbers of two bytes, and 588 x 784 bytes of labels.
