@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 if all went well, 1 if a photograph could not be segmented, 2 if the command could not start; for `train` and
-        `evaluate` what they return.
+        0 if all went well, 1 if a photograph could not be segmented, 2 if the command could not start; for
+        `TRAINING_COMMANDS` what they return.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -83,7 +83,7 @@ class _Version(argparse.Action):
 
 
 def _training_module(command: str):
-    """Import the module behind `train` or `evaluate`: part of an installed package, beside it in the repository.
+    """Import the module behind a training command: part of an installed package, beside it in the repository.
 
     Raises:
         ImportError: If it is in neither place, or packages that it needs are missing.
@@ -412,6 +412,7 @@ COMMANDS = {
 TRAINING_COMMANDS = {
     "train": TrainingCommand("own_classes", "train a model for the classes of one's own label maps"),
     "evaluate": TrainingCommand("evaluate", "measure a model on a data set"),
+    "calibrate": TrainingCommand("calibrate", "fit the temperature of a model's confidences to a data set"),
 }
 
 

@@ -14,6 +14,8 @@ from depict_hf.configuration_depict import IGNORE_LABEL
 
 from .evaluation import (
     CORRUPTIONS,
+    Calibration,
+    CalibrationObserver,
     Corruption,
     EvaluateMeanIoU,
     Execution,
@@ -21,10 +23,12 @@ from .evaluation import (
     Protocol,
     WorstImages,
     add_data_arguments,
+    check_diagram,
     check_sheet,
     class_names,
     compare_metrics,
     describe,
+    draw_reliability,
     environment,
     evaluate,
     evaluate_under,
@@ -76,6 +80,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m training.eval
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE", help="picture of the images of lowest mean IoU")
     parser.add_argument("--worst", type=int, default=8, metavar="N", help="images on the contact sheet (%(default)s)")
     parser.add_argument(
+        "--calibration",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FILE",
+        help="also measure how far probabilities can be believed; a name that ends in .png, .svg or .pdf, after the "
+        "dataset's, for the diagram",
+    )
+    parser.add_argument(
         "--metric",
         choices=("own", "evaluate"),
         default="own",
@@ -105,10 +118,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m training.eval
 
 
 def run(arguments: argparse.Namespace, state: PartialState) -> dict:
-    """Evaluate as the command line says, and write contact sheets.
+    """Evaluate as the command line says, and write contact sheets and the reliability diagram.
 
     Returns:
-        The record of `evaluate_under`, with `cross_check` where the metric of `evaluate` was asked for.
+        The record of `evaluate_under`, with `cross_check` where the metric of `evaluate` was asked for, and with
+        `calibration` where that was: what `Calibration.figures` says with the model's own temperature and, if that is
+        not 1, as `uncalibrated` what it says with 1.
 
     Raises:
         OSError: If model, data or metric cannot be had.
@@ -117,6 +132,8 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict:
     corruptions = parse_corruptions(arguments.corruption)
     protocol, execution = settings(arguments, state)
     sheet = check_sheet(arguments.contact_sheet)
+    diagram = arguments.calibration if arguments.calibration != Path() else None
+    check_diagram(diagram)
     if arguments.metric == "evaluate" and state.num_processes > 1:
         raise ValueError("--metric evaluate keeps every label map in one process; run it without a launcher.")
     model, image_processor = load_with_overrides(arguments, arguments.model, state)
@@ -133,8 +150,21 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict:
             observed.append(lambda index, image, labels, prediction, confusion: metric.add(prediction, labels))
         return observed
 
-    record = evaluate_under(corruptions, model, image_processor, samples, protocol, execution, observers)
+    calibrations: dict[str, Calibration] = {}
+    if arguments.calibration is not None:
+        calibrations["calibration"] = Calibration(model.config.temperature)
+        if model.config.temperature != 1:
+            calibrations["uncalibrated"] = Calibration()
+    score_observers = [CalibrationObserver(list(calibrations.values()))] if calibrations else []
+    passes = (protocol, execution, observers, score_observers)
+    record = evaluate_under(corruptions, model, image_processor, samples, *passes)
     record |= {"model": arguments.model, "dataset": arguments.dataset, "split": arguments.split}
+    for name, calibration in calibrations.items():
+        calibration.reduce(state)
+        record[name] = calibration.figures()
+    if diagram and state.is_main_process:
+        titles = {f"temperature {record[name]['temperature']:g}": record[name] for name in reversed(calibrations)}
+        draw_reliability(titles, diagram)
     if sheet:
         for corruption, images in worst.items():
             suffix = "" if corruption is None else f"-{corruption.name}-{corruption.severity}"

@@ -1,12 +1,14 @@
 """Data set-level mIoU, corrupted photographs, worst images, pictures, measurements, and records of all of these."""
 
 from .arguments import add_data_arguments, load_samples, load_with_overrides, settings, start_processes
+from .calibration import Calibration, CalibrationObserver, check_diagram, draw_reliability
 from .corruptions import CORRUPTIONS, SEVERITIES, Corruption, parse_corruptions
 from .evaluate_split import (
     METRIC_DEFINITION,
     Execution,
     Observer,
     Protocol,
+    ScoreObserver,
     evaluate,
     evaluate_under,
     spread,
@@ -18,6 +20,7 @@ from .pictures import sample_picture, write_picture
 from .records import (
     class_names,
     describe,
+    describe_calibration,
     environment,
     flush_every_line,
     percent,
@@ -26,29 +29,39 @@ from .records import (
     write_whole,
 )
 from .report import draw_curves, render_report
+from .temperature import PixelSample, figures_at, fit_temperature
 from .worst_images import WorstImages, check_sheet, save_sheet
 
 __all__ = [
     "CORRUPTIONS",
     "METRIC_DEFINITION",
     "SEVERITIES",
+    "Calibration",
+    "CalibrationObserver",
     "Corruption",
     "EvaluateMeanIoU",
     "Execution",
     "MeanIoU",
     "Observer",
+    "PixelSample",
     "Protocol",
+    "ScoreObserver",
     "WorstImages",
     "add_data_arguments",
+    "check_diagram",
     "check_sheet",
     "class_names",
     "compare_metrics",
     "count_flops",
     "describe",
+    "describe_calibration",
     "draw_curves",
+    "draw_reliability",
     "environment",
     "evaluate",
     "evaluate_under",
+    "figures_at",
+    "fit_temperature",
     "flush_every_line",
     "interleaved_seconds",
     "largest_difference",

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from depict_hf import DepictImageProcessor
 from depict_hf.configuration_depict import IGNORE_LABEL
-from depict_hf.inference import MAX_BATCH_PIXELS, segment
+from depict_hf.inference import MAX_BATCH_PIXELS, score_stream
 from depict_hf.modeling_depict import SegmentationModel
+from depict_hf.windows import CoarseScores, label_map
 
 from ..data import SegmentationDataset
 from .corruptions import Corruption
@@ -26,6 +27,7 @@ from .records import class_names, environment
 
 METRIC_DEFINITION = "pixels counted over the whole split; classes that occur nowhere are left out of the means"
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+ScoreObserver = Callable[[int, Sequence[CoarseScores], Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def evaluate(
     protocol: Protocol = Protocol(),
     execution: Execution = Execution(),
     observers: Sequence[Observer] = (),
+    score_observers: Sequence[ScoreObserver] = (),
 ) -> dict:
     """Segment every photograph at its own size and compare with its label map.
 
@@ -77,6 +80,8 @@ def evaluate(
         samples: Photographs and label maps at full resolution.
         observers: Called with every image of this process: index in the split, image uint8 `(3, height, width)`, label
             map and prediction `(height, width)`, and its confusion matrix as of `MeanIoU.count`.
+        score_observers: Called before them: index in the split, the image's views as of `inference.score_stream`, and
+            its label map.
 
     Returns:
         A record ready for JSON, the same in all processes: metric and its definition, per-class fractions by name (None
@@ -93,7 +98,8 @@ def evaluate(
             f"The model has {len(names)} classes and the data {samples.num_labels}, needed the same number."
         )
     indices = spread(len(samples), protocol.max_images)
-    confusion, costs = _count(model, image_processor, samples, indices, protocol, execution, observers)
+    watchers = (observers, score_observers)
+    confusion, costs = _count(model, image_processor, samples, indices, protocol, execution, *watchers)
     results = scores(confusion)
     return {
         "metric": "mean IoU",
@@ -127,13 +133,14 @@ def evaluate_under(
     protocol: Protocol = Protocol(),
     execution: Execution = Execution(),
     observers: Callable[[Corruption | None], Sequence[Observer]] = lambda corruption: (),
+    score_observers: Sequence[ScoreObserver] = (),
 ) -> dict:
     """Evaluate the photographs as they are, and then under every corruption.
 
     Args:
         corruptions: One pass over the split each.
-        observers: Called before each pass, with its corruption or None; returns the observers of that pass. The other
-            arguments are those of `evaluate`.
+        observers: Called before each pass, with its corruption or None; returns the observers of that pass.
+        score_observers: Of the photographs as they are. The other arguments are those of `evaluate`.
 
     Returns:
         The record of `evaluate` for the photographs as they are, with `corruptions`, in their order, where there are
@@ -142,7 +149,7 @@ def evaluate_under(
     Raises:
         ValueError: As `evaluate` does.
     """
-    clean = evaluate(model, image_processor, samples, protocol, execution, observers(None))
+    clean = evaluate(model, image_processor, samples, protocol, execution, observers(None), score_observers)
     under = []
     for corruption in corruptions:
         corrupted = replace(protocol, corruption=corruption)
@@ -171,6 +178,7 @@ def _count(
     protocol: Protocol,
     execution: Execution,
     observers: Sequence[Observer],
+    score_observers: Sequence[ScoreObserver],
 ) -> tuple[Tensor, dict]:
     """Confusion matrix over the images of all processes, and what `_costs` says of the run."""
     state, device = execution.state, model.device
@@ -194,9 +202,19 @@ def _count(
                 raise item
         begin = time.perf_counter()
         photos = [image.permute(1, 2, 0).numpy() for _, image, _ in batch]
-        predictions = segment(
+        predictions = []
+        observing = 0.0
+        stream = score_stream(
             model, image_processor, photos, protocol.scales, protocol.flip, execution.max_batch_pixels
         )
+        for views, (index, _, labels) in zip(stream, batch, strict=True):
+            predictions.append(label_map(views))
+            if score_observers:
+                wait_for(device)
+                observed_from = time.perf_counter()
+                for watch in score_observers:
+                    watch(index, views, labels)
+                observing += time.perf_counter() - observed_from
         wait_for(device)
         segmented = time.perf_counter()
         pairs = [
@@ -208,7 +226,8 @@ def _count(
             metric.add(each)
         wait_for(device)
         counted = time.perf_counter()
-        model_seconds, metric_seconds = model_seconds + segmented - begin, metric_seconds + counted - segmented
+        model_seconds += segmented - begin - observing
+        metric_seconds += counted - segmented
         for (index, image, _), (prediction, labels), each in zip(batch, pairs, counts, strict=True):
             for observe in observers:
                 observe(index, image, labels, prediction, each)

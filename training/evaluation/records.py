@@ -56,7 +56,7 @@ def render_table(record: dict) -> str:
 
 
 def describe(record: dict) -> str:
-    """The lines below the table of a record: corruptions, the other metric, speed and memory."""
+    """The lines below the table of a record: corruptions, the other metric, calibration, speed and memory."""
     lines = [
         f"{each['corruption']}:{each['severity']}  mean IoU {percent(each['mean_iou']).strip()}, "
         f"retained {percent(each['retention']).strip()} %"
@@ -65,6 +65,11 @@ def describe(record: dict) -> str:
     if "cross_check" in record:
         difference = record["cross_check"]["largest_difference"]
         lines.append(f"mean_iou of evaluate: largest difference {difference:.3g}")
+    lines += [
+        f"at temperature {record[name]['temperature']:g}: {describe_calibration(record[name])}"
+        for name in ("calibration", "uncalibrated")
+        if name in record
+    ]
     memory = ", ".join(
         f"{kind} {value / 2**20:.0f} MiB" for kind, value in record["peak_memory_bytes"].items() if value is not None
     )
@@ -73,6 +78,17 @@ def describe(record: dict) -> str:
         f"{100 * record['metric_share']:.2f} % of the time, peak memory {memory}"
     )
     return "\n".join(lines)
+
+
+def describe_calibration(figures: dict) -> str:
+    """One line on what `Calibration.figures` returned."""
+    if not figures["num_pixels"]:
+        return "no labelled pixels"
+    return (
+        f"calibration error {100 * figures['expected_calibration_error']:.2f} %, negative log-likelihood "
+        f"{figures['negative_log_likelihood']:.4f} nats, Brier score {figures['brier_score']:.4f}, area under risk and "
+        f"coverage {100 * figures['risk_coverage']['area']:.2f} %, {figures['num_pixels']} pixels"
+    )
 
 
 def percent(fraction: float | None) -> str:
