@@ -17,8 +17,10 @@ from depict_hf.loading import model_source
 from .evaluation import (
     PixelSample,
     add_data_arguments,
+    check_diagram,
     class_names,
     describe_calibration,
+    draw_reliability,
     environment,
     evaluate,
     figures_at,
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="folder of a model with its image processor, or 'default'")
     add_data_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the pixels that are drawn (%(default)s)")
+    parser.add_argument("--diagram", type=Path, metavar="FILE", help="draw before and after: .png, .svg or .pdf")
     parser.set_defaults(split="validation")
     arguments = parser.parse_args(argv)
     try:
@@ -52,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = arguments.output or folder / RECORD_NAME
         write_json(record, path)
         write_temperature(folder, record["temperature"])
+        if arguments.diagram:
+            names = {
+                f"{name}: temperature {record[name]['temperature']:g}": record[name] for name in ("before", "after")
+            }
+            draw_reliability(names, arguments.diagram)
         for name in ("before", "after"):
             print(f"{name + ':':8}{describe_calibration(record[name])}")
         print(f"temperature {record['temperature']:g} -> {folder / 'config.json'}; record -> {path}")
@@ -72,6 +80,7 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict:
         ValueError: If the model is none that can be changed, or arguments do not fit each other or the data.
     """
     source = check_source(arguments.model, arguments.backend)
+    check_diagram(arguments.diagram)
     protocol, execution = settings(arguments, state)
     model, image_processor = load_with_overrides(arguments, source, state)
     samples = load_samples(arguments, class_names(model.config), bool(image_processor.do_reduce_labels), state)
