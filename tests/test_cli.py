@@ -408,7 +408,7 @@ def test_several_processes_write_what_one_writes(model_folder, tmp_path):
 
 
 def test_training_commands_are_passed_on(capsys):
-    for command in ("train", "evaluate"):
+    for command in ("train", "evaluate", "calibrate"):
         with pytest.raises(SystemExit) as status:
             main([command, "--help"])
         assert status.value.code == 0
