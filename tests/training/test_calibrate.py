@@ -1,4 +1,4 @@
-"""`depict calibrate` and `training.evaluate --calibration`, on labels drawn by a model's scores at a known temperature."""
+"""`depict calibrate` and `training.evaluate --calibration`, on labels drawn by scores at a known temperature."""
 
 import json
 import multiprocessing

@@ -20,7 +20,7 @@ from conftest import save_labelled_by, save_model, tiny_model
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.export import export_model
-from depict_hf.inference import segment
+from depict_hf.inference import score_stream, segment
 from depict_hf.loading import load_model
 from training import evaluate
 from training.data.loading import load_dataset_splits
@@ -120,7 +120,7 @@ def test_scales_flips_corruption_and_a_part_of_the_split(loaded):
 def test_overrides_of_the_protocol(loaded, model_folder, labelled_folder, tmp_path, monkeypatch):
     """The record says what was done, and its figures are those of a model that was saved so."""
     passes = []
-    monkeypatch.setattr(evaluation, "segment", lambda *args: (passes.append(args[5]), segment(*args))[1])
+    monkeypatch.setattr(evaluation, "score_stream", lambda *args: (passes.append(args[5]), score_stream(*args))[1])
     options = ["--size", 48, "--window-size", 40, "--window-stride", 24, "--max-batch-pixels", 1600]
     output = tmp_path / "record.json"
     assert run_command(model_folder, labelled_folder, *options, "--output", output) == 0
@@ -215,8 +215,8 @@ def test_costs_of_processes_together():
 def test_the_environment_is_that_of_the_start(loaded, monkeypatch):
     events = []
     monkeypatch.setattr(evaluation, "environment", lambda: events.append("environment") or {"commit": "abc"})
-    original = evaluation.segment
-    monkeypatch.setattr(evaluation, "segment", lambda *each: events.append("segment") or original(*each))
+    original = evaluation.score_stream
+    monkeypatch.setattr(evaluation, "score_stream", lambda *each: events.append("segment") or original(*each))
     record = evaluation.evaluate(*loaded)
     assert events[0] == "environment" and events.count("environment") == 1
     assert record["environment"] == {"commit": "abc"}
@@ -256,13 +256,13 @@ def test_memory_does_not_grow_with_the_number_of_images(loaded):
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
 def test_half_precision_is_used_and_recorded(model_folder, labelled_folder, tmp_path, monkeypatch, name, dtype):
     seen = []
-    original = evaluation.segment
+    original = evaluation.score_stream
 
     def watched(model, *arguments):
         seen.append(model.dtype)
         return original(model, *arguments)
 
-    monkeypatch.setattr(evaluation, "segment", watched)
+    monkeypatch.setattr(evaluation, "score_stream", watched)
     output = tmp_path / "record.json"
     assert run_command(model_folder, labelled_folder, "--dtype", name, "--output", output) == 0
     assert set(seen) == {dtype}
