@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib import import_module
@@ -198,66 +197,12 @@ def segment_photos(args: argparse.Namespace) -> int:
         written = [*kinds, *CONFIDENCE_SUFFIXES] if args.confidence else kinds
         photographs = find_photographs(args.photos, args.output, written, args.recursive)
         share = processes.share(photographs)
-        num_failed = _segment(args, kinds, processes, share) if share else 0
+        num_failed = 0
+        if share:
+            from .results import segment_share
+
+            num_failed = segment_share(args, kinds, processes, share)
     return 1 if processes.total(num_failed) else 0
-
-
-def _segment(args: argparse.Namespace, kinds: list[str], processes: Processes, share: Sequence) -> int:
-    """Segment this process's photographs; returns how many could not be read."""
-    from tqdm import tqdm
-
-    from .familiarity import load_familiarity
-    from .inference import MAX_BATCH_PIXELS, segment_files
-    from .labels import find_classes
-    from .loading import fastest_device, load_model, model_source, override_protocol
-    from .results import ResultWriter, knowledge, table
-
-    device = args.device
-    if device == "auto":
-        device = fastest_device(processes.local_rank) if args.backend == "pytorch" else "cpu"
-    model, image_processor = load_model(args.model, device, args.dtype, args.backend)
-    override_protocol(model, image_processor, args.size, args.window_size, args.window_stride)
-    if processes.rank == 0 and args.backend == "pytorch":
-        print(f"depict: computes in {str(model.dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
-    config = model.config
-    names = [config.id2label[index] for index in range(config.num_labels)]
-    classes = None if args.classes is None else find_classes(args.classes, names)
-    # Exports hold no encoder of their own that could be asked.
-    familiarity = load_familiarity(model_source(args.model)) if args.backend == "pytorch" else None
-    writer = ResultWriter(config, kinds, classes, args.palette, args.alpha, args.confidence)
-    by_path = {each.path: each for each in share}
-    args.output.mkdir(parents=True, exist_ok=True)
-
-    def finish(path: Path, photo, segmentation) -> dict:
-        record = writer.write(by_path[path], photo, segmentation)
-        return record | (familiarity.judge(model, image_processor, photo) if familiarity else {})
-
-    num_failed = 0
-    max_batch_pixels = MAX_BATCH_PIXELS if args.max_batch_pixels is None else args.max_batch_pixels
-    options = (args.scales, args.flip, max_batch_pixels, args.confidence is not None)
-    files = segment_files(model, image_processor, by_path, finish, *options)
-    progress = tqdm(files, total=len(share), disable=len(share) == 1 or processes.rank > 0, unit="photo")
-    last = time.monotonic()
-    for file in progress:
-        name = by_path[file.path].name
-        # One photograph that cannot be read must not lose the others.
-        if file.error is not None:
-            num_failed += 1
-            progress.write(f"depict: {name}: {file.error}", file=sys.stderr)
-            record = {"file": name, "error": str(file.error)}
-        else:
-            record = {"file": name, **file.result, "seconds": round(time.monotonic() - last, 3)}
-            if "warning" in record:
-                progress.write(f"depict: {name}: {record['warning']}", file=sys.stderr)
-        last = time.monotonic()
-        if args.json:
-            progress.write(json.dumps(record))
-            sys.stdout.flush()
-        elif file.error is None:
-            progress.write(f"{name} -> {', '.join(record['files'])}\n{table(record)}")
-    if processes.rank == 0:
-        print(knowledge(config), file=sys.stderr if args.json else sys.stdout)
-    return num_failed
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,9 @@
-"""What `depict segment` writes and says about one photograph."""
+"""What `depict segment` writes and says about photographs."""
 
+import argparse
 import json
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+from tqdm import tqdm
 
 from .configuration_depict import IGNORE_LABEL, DepictConfig
+from .familiarity import load_familiarity
 from .formats import class_boxes, coco_file, geojson_file
-from .labels import colors_for
-from .photographs import CONFIDENCE_SUFFIXES, Photograph
+from .inference import MAX_BATCH_PIXELS, segment_files
+from .labels import colors_for, find_classes
+from .loading import fastest_device, load_model, model_source, override_protocol
+from .photographs import CONFIDENCE_SUFFIXES, Photograph, Processes
 from .visualization import class_shares, confidence_image, draw_confidence, label_image, overlay
 from .windows import Segmentation
 
@@ -112,3 +119,64 @@ def knowledge(config: DepictConfig) -> str:
         listed += f" and {len(names) - NAMES_IN_A_LINE} more"
     trained = f"was trained on {config.training_scenes} and " if config.training_scenes else ""
     return f"The model {trained}gives every pixel one of {len(names)} classes: {listed}."
+
+
+def segment_share(args: argparse.Namespace, kinds: list[str], processes: Processes, share: Sequence[Photograph]) -> int:
+    """Segment this process's photographs, write their results, and say what `depict segment` says.
+
+    Args:
+        args: Of `depict segment`.
+        kinds: Results wanted, keys of `photographs.RESULT_SUFFIXES`.
+
+    Returns:
+        How many photographs could not be read.
+
+    Raises:
+        OSError, ValueError, ImportError: If the model cannot be loaded, or options do not fit it.
+    """
+    device = args.device
+    if device == "auto":
+        device = fastest_device(processes.local_rank) if args.backend == "pytorch" else "cpu"
+    model, image_processor = load_model(args.model, device, args.dtype, args.backend)
+    override_protocol(model, image_processor, args.size, args.window_size, args.window_stride)
+    if processes.rank == 0 and args.backend == "pytorch":
+        print(f"depict: computes in {str(model.dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
+    config = model.config
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    classes = None if args.classes is None else find_classes(args.classes, names)
+    # Exports hold no encoder of their own that could be asked.
+    familiarity = load_familiarity(model_source(args.model)) if args.backend == "pytorch" else None
+    writer = ResultWriter(config, kinds, classes, args.palette, args.alpha, args.confidence)
+    by_path = {each.path: each for each in share}
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    def finish(path: Path, photo, segmentation) -> dict:
+        record = writer.write(by_path[path], photo, segmentation)
+        return record | (familiarity.judge(model, image_processor, photo) if familiarity else {})
+
+    num_failed = 0
+    max_batch_pixels = MAX_BATCH_PIXELS if args.max_batch_pixels is None else args.max_batch_pixels
+    options = (args.scales, args.flip, max_batch_pixels, args.confidence is not None)
+    files = segment_files(model, image_processor, by_path, finish, *options)
+    progress = tqdm(files, total=len(share), disable=len(share) == 1 or processes.rank > 0, unit="photo")
+    last = time.monotonic()
+    for file in progress:
+        name = by_path[file.path].name
+        # One photograph that cannot be read must not lose the others.
+        if file.error is not None:
+            num_failed += 1
+            progress.write(f"depict: {name}: {file.error}", file=sys.stderr)
+            record: dict[str, Any] = {"file": name, "error": str(file.error)}
+        else:
+            record = {"file": name, **file.result, "seconds": round(time.monotonic() - last, 3)}
+            if "warning" in record:
+                progress.write(f"depict: {name}: {record['warning']}", file=sys.stderr)
+        last = time.monotonic()
+        if args.json:
+            progress.write(json.dumps(record))
+            sys.stdout.flush()
+        elif file.error is None:
+            progress.write(f"{name} -> {', '.join(record['files'])}\n{table(record)}")
+    if processes.rank == 0:
+        print(knowledge(config), file=sys.stderr if args.json else sys.stdout)
+    return num_failed

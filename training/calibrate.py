@@ -35,9 +35,9 @@ from .evaluation import (
 RECORD_NAME = "calibration.json"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m training.calibrate") -> int:
     started_in = environment()
-    parser = argparse.ArgumentParser(prog="python -m training.calibrate", description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("model", help="folder of a model with its image processor, or 'default'")
     add_data_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the pixels that are drawn (%(default)s)")
