@@ -27,6 +27,8 @@ from .recipe_model import freeze_for
 LOOKED_AT = 16
 # bfloat16 rounds; it must be worth it.
 LEAST_GAIN = 1.2
+# What takes longer is timed once.
+SLOW_SECONDS = 10.0
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -114,7 +116,7 @@ def _choose_precision(
             with torch.inference_mode(), autocast(square.device, precision):
                 model.encoder(square, LayerRecord())
 
-        seconds[precision] = _seconds(encode, square.device, warm_up=True)
+        seconds[precision] = _seconds(encode, square.device)
     if given:
         return given[0], "", seconds[given[0]]
     gain = seconds["float32"] / seconds["bf16"]
@@ -142,7 +144,7 @@ def _train_seconds(
             loss = model(pixel_values=squares, labels=labels).loss
         loss.backward()
 
-    seconds = _seconds(step, device, warm_up=device.type != "cpu") / 2
+    seconds = _seconds(step, device) / 2
     model.zero_grad()
     model.eval()
     for name, parameter in model.named_parameters():
@@ -154,11 +156,15 @@ def _train_seconds(
     return max(seconds, reading / max(recipe.hardware.num_workers, 1))
 
 
-def _seconds(function: Callable[[], object], device: torch.device, warm_up: bool = False) -> float:
-    if warm_up:
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Time the second call of a function, as the first may prepare things; the first where it was slow anyway."""
+    seconds = 0.0
+    for _ in range(2):
+        wait_for(device)
+        begin = time.perf_counter()
         function()
-    wait_for(device)
-    begin = time.perf_counter()
-    function()
-    wait_for(device)
-    return time.perf_counter() - begin
+        wait_for(device)
+        seconds = time.perf_counter() - begin
+        if seconds > SLOW_SECONDS:
+            break
+    return seconds

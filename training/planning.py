@@ -23,7 +23,7 @@ from .recipe import (
 SIZE, FEATURE_CROP, CROP, SMALL_CROP = 42, 20, 28, 20
 SIZE_ON_GPU = 56
 # Shares of the time there is when training begins.
-DECODER_SHARE, FEATURES_SHARE, TEST_SHARE, VALIDATION_SHARE = 0.12, 0.25, 0.2, 0.08
+DECODER_SHARE, FEATURES_SHARE, TEST_SHARE, VALIDATION_SHARE = 0.12, 0.25, 0.15, 0.08
 # Of the whole time, for saving, pictures, the report, and what cannot be foreseen.
 MARGIN = 0.03
 # Fewer steps of fine-tuning than this do more harm than good.

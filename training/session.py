@@ -47,7 +47,7 @@ from .evaluation import (
 from .machine import autocast, data_facts, measure
 from .optimization import Budget, Pace, PacedTrainer, ProgressLine, clock_time, discard_unfinished, find_checkpoint
 from .own_classes import DEFAULT_MINUTES
-from .planning import TEST_SHARE, Plan, Stage, base_recipe, check_overrides, make_plan
+from .planning import TEST_SHARE, Plan, Stage, base_recipe, check_overrides, make_plan, stage_recipes
 from .recipe import SECTIONS, Recipe, resolve_precision
 from .recipe_data import build_augmentation, build_image_processor, build_samples
 from .recipe_model import freeze_for
@@ -215,7 +215,8 @@ def _make_plan(asked: dict, opened, start: Start, budget: Budget, output: Path, 
     base = base_recipe(data, machine, start.image_mean, start.image_std, start.model.config.decoder_type)
     steps = asked["max_steps"]
     if asked["epochs"] is not None:
-        steps = asked["epochs"] * base.override(overrides).steps_per_epoch(data.train)
+        recipe = next(each for each in stage_recipes(base, machine, overrides) if each)
+        steps = asked["epochs"] * recipe.steps_per_epoch(data.train)
     decoder_is_new = any(name.startswith("decoder.") for name in start.new)
     return make_plan(data, machine, base, budget.seconds, budget.spent(), steps, decoder_is_new, overrides)
 
@@ -333,6 +334,8 @@ def _finish(session: Session, model: DepictForSemanticSegmentation, arguments, s
     processor = build_image_processor(last)
     processor.size = {"shortest_edge": last.evaluation.final_size or last.data.size}
     model.config.window_stride = last.evaluation.final_window_stride or last.evaluation.window_stride
+    train = build_samples(last, session.splits, last.data.train_split)
+    model.config.training_scenes = f"{len(train)} photographs of {Path(arguments.data).resolve().name}"
     model.eval().save_pretrained(output)
     processor.save_pretrained(output)
     test = build_samples(last, session.splits, last.data.test_split)
@@ -343,7 +346,6 @@ def _finish(session: Session, model: DepictForSemanticSegmentation, arguments, s
     record |= {"model": str(output), "dataset": arguments.data, "split": last.data.test_split}
     write_json(record, output / "evaluation.json")
     print(render_table(record))
-    train = build_samples(last, session.splits, last.data.train_split)
     curves = draw_curves(session.history, output / "curves.png")
     text = render_report(
         record,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, ViTConfig, ViTModel
 from transformers.utils import cached_file
 
 from depict_hf import DepictConfig, DepictForSemanticSegmentation
@@ -16,6 +16,14 @@ from depict_hf.loading import load_model, model_source
 
 from .recipe_model import load_backbone
 
+# Of the weights of transformers' ViT, and of the native encoder's.
+VIT_NAMES = {
+    "patch_embeddings.projection": "projection",
+    "attention.o_proj": "attention.projection",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "layernorm": "norm",
+}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -77,6 +85,8 @@ def start_from(source: str, class_names: tuple[str, ...], decoder_type: str | No
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if isinstance(config, DepictConfig):
         return _from_model(source, config, labels, decoder_type)
+    if isinstance(config, ViTConfig):
+        return _from_vit(source, place, config, labels, decoder_type or "sa")
     return _from_backbone(source, place, config, labels, decoder_type or "sa")
 
 
@@ -94,7 +104,8 @@ def class_dependent(config: DepictConfig) -> set[str]:
 def _from_model(source: str, config: DepictConfig, labels: dict, decoder_type: str | None) -> Start:
     old, image_processor = load_model(source)
     decoder_type = decoder_type or config.decoder_type
-    fields = labels | {"window_size": None, "window_stride": None}
+    # What holds for the weights that are there now, not for those that will be trained.
+    fields = labels | {"window_size": None, "window_stride": None, "training_scenes": None, "temperature": 1.0}
     same_classes = old.config.id2label == labels["id2label"]
     if decoder_type != config.decoder_type:
         # Widths and numbers of layers of one kind of decoder are not meant for another.
@@ -136,6 +147,35 @@ def _from_backbone(source: str, place: str, config: PreTrainedConfig, labels: di
             " Name a model of this package, or a backbone such as facebook/dinov2-small."
         ) from error
     load_backbone(model, place)
+    return _with_new_decoder(source, place, config, model)
+
+
+def _from_vit(source: str, place: str, config: ViTConfig, labels: dict, decoder_type: str) -> Start:
+    """Start from a ViT of transformers, which is no backbone there, as the native encoder."""
+    shared = ["image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads"]
+    shared += ["intermediate_size", "hidden_act", "qkv_bias", "layer_norm_eps"]
+    fields: dict = {name: getattr(config, name) for name in shared} | labels | {"decoder_type": decoder_type}
+    fields |= published_decoder_fields(decoder_type, config.hidden_size)
+    model = DepictForSemanticSegmentation(DepictConfig(**fields))
+    vit, loading = ViTModel.from_pretrained(
+        place, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        raise ValueError(f"{source} lacks weights of ViT, among them {sorted(loading['missing_keys'])[:5]}.")
+    weights = {}
+    for name, value in vit.state_dict().items():
+        for theirs, ours in VIT_NAMES.items():
+            name = name.replace(theirs, ours)
+        weights[name] = value
+    for index in range(config.num_hidden_layers):
+        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+            parts = [weights.pop(f"layers.{index}.attention.{part}_proj.{kind}") for part in "qkv"]
+            weights[f"layers.{index}.attention.qkv.{kind}"] = torch.cat(parts)
+    model.encoder.load_state_dict(weights)
+    return _with_new_decoder(source, place, config, model)
+
+
+def _with_new_decoder(source: str, place: str, config: PreTrainedConfig, model: DepictForSemanticSegmentation) -> Start:
     names = tuple(model.state_dict())
     kept = tuple(name for name in names if name.startswith("encoder."))
     mean, std, notes = _normalization(place, config.model_type)

@@ -3,9 +3,19 @@
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import BeitConfig, Dinov2Backbone, Dinov2Config, DINOv3ViTBackbone, DINOv3ViTConfig, ResNetConfig
+from transformers import (
+    BeitConfig,
+    Dinov2Backbone,
+    Dinov2Config,
+    DINOv3ViTBackbone,
+    DINOv3ViTConfig,
+    ResNetConfig,
+    ViTConfig,
+    ViTModel,
+)
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
+from depict_hf.vit import LayerRecord
 from training.starting import class_dependent, start_from
 
 NEW = {
@@ -81,6 +91,30 @@ def test_backbones_are_kept_and_get_a_new_decoder(tmp_path, kind):
     assert "colours are normalised as usual" in "\n".join(start.describe())
     output = start.model(torch.zeros(1, 3, 28, 42))
     assert isinstance(start.model, DepictForSemanticSegmentation) and output.logits.shape == (1, 3, 2, 3)
+
+
+def test_a_vit_of_transformers_becomes_the_native_encoder(tmp_path):
+    """Queries, keys and values are joined, every norm finds its place: the features are ViT's own."""
+    torch.manual_seed(0)
+    vit = ViTModel(
+        ViTConfig(**SMALL, patch_size=14, intermediate_size=64, initializer_range=0.3), add_pooling_layer=False
+    )
+    vit.eval().save_pretrained(tmp_path)
+    start = start_from(str(tmp_path), CLASSES)
+    assert start.model.config.backbone_config is None and start.image_mean == (0.5, 0.5, 0.5)
+    pixel_values = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        expected = vit(pixel_values).last_hidden_state[:, 1:]
+        patches, grid_size = start.model.eval().encoder(pixel_values, LayerRecord())
+    assert grid_size == (2, 2)
+    torch.testing.assert_close(patches, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_said_of_the_old_weights_is_not_said_of_the_new(tmp_path):
+    tiny_model("sa", training_scenes="streets", temperature=2.0).save_pretrained(tmp_path)
+    DepictImageProcessor().save_pretrained(tmp_path)
+    config = start_from(str(tmp_path), CLASSES).model.config
+    assert config.training_scenes is None and config.temperature == 1
 
 
 @pytest.mark.parametrize("config", [ResNetConfig(), BeitConfig()])
