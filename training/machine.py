@@ -13,7 +13,7 @@ import torch
 
 from depict_hf import DepictForSemanticSegmentation
 from depict_hf.inference import segment
-from depict_hf.loading import training_device
+from depict_hf.loading import native_dtype, training_device
 from depict_hf.vit import LayerRecord
 
 from .data import SegmentationDataset, TrainingDataset
@@ -25,8 +25,6 @@ from .recipe_data import build_augmentation, build_image_processor
 from .recipe_model import freeze_for
 
 LOOKED_AT = 16
-# bfloat16 rounds; it must be worth it.
-LEAST_GAIN = 1.2
 # What takes longer is timed once.
 SLOW_SECONDS = 10.0
 
@@ -106,22 +104,22 @@ def measure(
 def _choose_precision(
     model: DepictForSemanticSegmentation, square: torch.Tensor, overrides: Sequence[str]
 ) -> tuple[str, str, float]:
-    """Choose the precision; return it, the reason for it, and the seconds that the encoder takes for a square in it."""
+    """Precision, the reason for it, and the seconds that the encoder takes for a square in it.
+
+    It is what the processor can do that decides, not a timing, which a busy machine may turn round.
+    """
     given = [each.partition("=")[2] for each in overrides if each.partition("=")[0].endswith("precision")]
-    given = [] if given == ["auto"] else given
-    seconds = {}
-    for precision in given or ("float32", "bf16"):
+    native = native_dtype(square.device) == torch.bfloat16
+    precision = given[0] if given and given != ["auto"] else "bf16" if native else "float32"
 
-        def encode(precision: str = precision) -> None:
-            with torch.inference_mode(), autocast(square.device, precision):
-                model.encoder(square, LayerRecord())
+    def encode() -> None:
+        with torch.inference_mode(), autocast(square.device, precision):
+            model.encoder(square, LayerRecord())
 
-        seconds[precision] = _seconds(encode, square.device)
-    if given:
-        return given[0], "", seconds[given[0]]
-    gain = seconds["float32"] / seconds["bf16"]
-    chosen = "bf16" if gain >= LEAST_GAIN else "float32"
-    return chosen, f"Precision {chosen}: in bfloat16 the encoder is {gain:.1f} times as fast here.", seconds[chosen]
+    reason = (
+        f"Precision {precision}: this processor {'multiplies' if native else 'does not multiply'} bfloat16 natively."
+    )
+    return precision, reason if precision not in given else "", _seconds(encode, square.device)
 
 
 def _train_seconds(
@@ -157,14 +155,12 @@ def _train_seconds(
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Time the second call of a function, as the first may prepare things; the first where it was slow anyway."""
-    seconds = 0.0
-    for _ in range(2):
+    """Time a function: the faster of two calls, as the first may prepare things; the first where it was slow anyway."""
+    seconds: list[float] = []
+    while len(seconds) < 2 and sum(seconds) < SLOW_SECONDS:
         wait_for(device)
         begin = time.perf_counter()
         function()
         wait_for(device)
-        seconds = time.perf_counter() - begin
-        if seconds > SLOW_SECONDS:
-            break
-    return seconds
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
