@@ -38,6 +38,28 @@ def test_other_precisions_are_those_measured(path):
     assert figure in README and figure in (path.parent / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_default_model_is_calibrated_as_its_card_says():
+    """The temperature shipped is the one that was fitted, and the card's figures are those of the record."""
+    folder = ROOT / "model_cards" / "camvid_dinov2_small_finetuned_sa"
+    record = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
+    assert DepictConfig.from_pretrained(DEFAULT_MODEL).temperature == record["temperature"]
+    assert record["split"] == "validation"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for figures, temperature in ((record["before"], 1), (record["after"], record["temperature"])):
+        assert figures["temperature"] == temperature
+        error, area = figures["expected_calibration_error"], figures["risk_coverage"]["area"]
+        cells = (
+            f"{record['split']}, {record['num_images']} frames",
+            f"{temperature:g}",
+            percent(error).strip(),
+            f"{figures['negative_log_likelihood']:.4f}",
+            f"{figures['brier_score']:.4f}",
+            percent(area).strip(),
+        )
+        assert f"| {' | '.join(cells)} |" in card
+    assert "(calibration_validation.png)" in card and (folder / "calibration_validation.png").is_file()
+
+
 def test_the_readme_shows_the_comparison():
     path = ROOT / "model_cards" / "comparison_camvid" / "comparison.json"
     decoders = json.loads(path.read_text(encoding="utf-8"))["decoders"]

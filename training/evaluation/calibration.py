@@ -258,7 +258,7 @@ def draw_reliability(calibrations: dict[str, dict], path: Path) -> None:
         reliability.plot(confidence, accuracy, "o", color="C3", markersize=4, label="bins at their mean confidence")
         reliability.set(xlim=(0, 1), ylim=(0, 1), ylabel="share of right labels")
         error, nll = figures["expected_calibration_error"], figures["negative_log_likelihood"]
-        numbers = "no labelled pixels" if error is None else f"ECE {100 * error:.2f} %, NLL {nll:.3f}"
+        numbers = "no labelled pixels" if error is None else f"ECE {100 * error:.2f} %, NLL {nll:.4f}"
         reliability.set_title(f"{title}\n{numbers}", fontsize="medium")
         reliability.legend(fontsize="x-small", loc="upper left")
         shares = figure.add_subplot(grid[1, column], sharex=reliability)
