@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,14 +18,10 @@ from ..inference import UNREADABLE, load_photo
 from ..modeling_depict import DepictForSemanticSegmentation
 from .check import TOLERANCES, Agreement, agreement, made_photograph, photograph_tensor, tolerance_for
 from .graph import ExportedGraph, trace
-from .metadata import METADATA_FILE, describe, find_license, flat
+from .metadata import METADATA_FILE, describe, find_license
+from .onnx_file import OPSET, write_onnx
 
 FILE_NAMES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
-
-# Of ONNX files: the oldest that the exporter writes without conversions, known to ONNX Runtime since 1.14, OpenVINO
-# since 2023 and TensorRT since 8.6; and the version of the file format that belongs to it.
-OPSET = 18
-IR_VERSION = 8
 
 # What a file in float32 may differ from the model by, in logits relative to the largest.
 TOLERANCE = TOLERANCES["float32"].difference
@@ -153,7 +148,7 @@ def export_model(
         try:
             program = trace(graph, channels, size)
             if file_format == "onnx":
-                _write_onnx(program, graph, path, size is None, metadata, int8)
+                write_onnx(program, graph, path, size is None, metadata, int8)
             else:
                 torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata)})
             found = agreement(
@@ -333,74 +328,6 @@ def _refusal(error: Exception, size: tuple[int, int] | None, precision: str) -> 
     else:
         what, remedy = f"images of {size[0]}x{size[1]} pixels", "try another size, format or backbone"
     return f"This model cannot be exported for {what} ({type(error).__name__}: {error}); {remedy}."
-
-
-def _write_onnx(
-    program: torch.export.ExportedProgram,
-    graph: ExportedGraph,
-    path: Path,
-    free_size: bool,
-    metadata: dict[str, Any],
-    int8: bool,
-) -> None:
-    axes = {0: "batch"}
-    if free_size:
-        first = 2 if graph.preprocessing is None else 1
-        axes |= {first: "height", first + 1: "width"}
-    with _quiet("onnxscript", "onnx_ir"):
-        converted = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=["pixel_values"],
-            output_names=graph.output_names,
-            dynamic_shapes={"pixel_values": axes},
-        )
-    assert converted is not None
-    # Traces of this machine's source code, which older versions of the format do not know either.
-    converted.model.graph.metadata_props.clear()
-    for node in converted.model.graph.all_nodes():
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-    converted.model.ir_version = IR_VERSION
-    converted.model.producer_name, converted.model.producer_version = "depict-hf", metadata["version"]
-    converted.model.metadata_props.update(flat(metadata))
-    # Weights beyond protobuf's 2 GB still go to a file of their own.
-    converted.save(path, external_data=False)
-    if int8:
-        _quantize(path)
-
-
-def _quantize(path: Path) -> None:
-    """Round the weights of linear layers in an ONNX file, in place."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with _quiet("root"):  # it recommends to simplify the graph first, which the exporter has done
-        quantize_dynamic(
-            path,
-            path,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},  # products of two activations, as in attention, stay
-        )
-
-
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Show only errors of these loggers; the exporter reports every node that it could not simplify."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _runner(path: Path, output_names: list[str]) -> Callable[[Tensor], dict[str, Tensor]]:
