@@ -167,7 +167,7 @@ def _classifiers(model: DepictForSemanticSegmentation) -> dict[str, Tensor]:
 
 def _faults(model: DepictForSemanticSegmentation) -> list[str]:
     """Say in what the model differs from everything that the published code can build."""
-    config = model.config
+    config: Any = model.config
     if config.backbone_config is not None:
         return [f"its encoder is a backbone of transformers ({config.backbone_config.model_type}), needed a native one"]
     needed: dict[str, Any] = {
