@@ -120,7 +120,7 @@ def write_published(
         )
     if faults or kind is None:
         raise ValueError(f"The published code cannot hold this model: {'; '.join(faults)}.")
-    settings = _variant(model, image_processor, kind, dataset or _dataset_of(model))
+    settings = _variant(model, image_processor, kind, dataset or published_dataset(model))
     folder.mkdir(parents=True, exist_ok=True)
     # Tuples get the tag that the published code writes for them and reads.
     variant.write_text(yaml.dump(settings), encoding="utf-8")
@@ -143,6 +143,12 @@ def published_state_dict(model: DepictForSemanticSegmentation) -> dict[str, Tens
     return {f"encoder.{name}": value for name, value in encoder.items()} | {
         f"decoder.{name}": value for name, value in decoder.items()
     }
+
+
+def published_dataset(model: DepictForSemanticSegmentation) -> str | None:
+    """Name the published data set whose classes the model has, in their order; None if it has others."""
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    return next((each for each in PUBLISHED_SIZES if list(class_names_of(each)) == names), None)
 
 
 def timm_state_dict(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -209,12 +215,6 @@ def _normalization(image_processor: DepictImageProcessor) -> str | None:
         if any(own.shape == np.shape(each) and (own == each).all() for each in (exact, published_normalization(kind))):
             return kind
     return None
-
-
-def _dataset_of(model: DepictForSemanticSegmentation) -> str | None:
-    """Name the published data set whose classes the model has, in their order."""
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    return next((each for each in PUBLISHED_SIZES if list(class_names_of(each)) == names), None)
 
 
 def _variant(

@@ -21,9 +21,9 @@ from depict_hf.inference import segment
 from depict_hf.vit import LayerRecord
 
 from .baseline import StraightforwardModel
+from .paper import PUBLISHED_SCALES as PUBLISHED_SCALES
 
 PUBLISHED_WINDOW = 512
-PUBLISHED_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 REFERENCE = "straightforward"
 OURS = "depict_hf"
 EOMT = "EoMT-S"
