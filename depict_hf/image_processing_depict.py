@@ -15,6 +15,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 from .configuration_depict import IGNORE_LABEL
+from .photo_files import decoding
 from .resampling import resize_bilinear, size_of
 from .windows import CoarseScores, label_map
 
@@ -139,11 +140,14 @@ class DepictImageProcessor(TorchvisionBackend):
         device: torch.device | str | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Turn one photograph into `(channels, height, width)`: uint8 in 0..255, or the floats that arrived."""
+        """Turn one photograph into `(channels, height, width)`: uint8 in 0..255, or the floats that arrived.
+
+        Raises:
+            UnreadableImageError: If it is a PIL image that was opened but cannot be decoded.
+        """
         if isinstance(image, PIL.Image.Image):
-            if image.mode == "1":
-                image = image.convert("L")
-            elif image.mode[0] in "IF":  # more than 8 bits, which PIL would clip
+            image = _grey_or_colored(image, do_convert_rgb)
+            if image.mode[0] in "IF":  # more than 8 bits, which PIL would clip
                 image = np.array(image)
         if isinstance(image, np.ndarray):
             image = _to_tensor(image)
@@ -289,6 +293,24 @@ def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(tensors)
 
 
+def _grey_or_colored(image: PIL.Image.Image, to_rgb: bool | None) -> PIL.Image.Image:
+    """Decode an image that may only have been opened; with `to_rgb`, make it RGB or RGBA if it has 8 bits or fewer.
+
+    Raises:
+        UnreadableImageError: If Pillow cannot, whatever it raised.
+    """
+    with decoding(image.size):
+        image.load()
+        if image.mode == "1":
+            image = image.convert("L")
+        elif image.mode == "La":  # multiplied by its opacity, as is RGBa
+            image = image.convert("LA")
+        if not to_rgb or image.mode == "RGB" or image.mode[0] in "IF":
+            return image
+        transparent = "A" in image.getbands() or image.mode == "RGBa" or image.info.get("transparency") is not None
+        return image.convert("RGBA" if transparent else "RGB")
+
+
 def _to_tensor(array: np.ndarray) -> torch.Tensor:
     """Copy an array into a tensor where torch refuses its byte order or strides, or warns about read-only memory."""
     return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
@@ -330,6 +352,8 @@ def _label_map(segmentation_map, size: tuple[int, int]) -> torch.Tensor:
                 f"Got a segmentation map of PIL mode {segmentation_map.mode!r}; modes that hold class ids are "
                 f"{', '.join(MAP_MODES)}: map each colour to its id first."
             )
+        with decoding(segmentation_map.size):
+            segmentation_map.load()
         segmentation_map = np.array(segmentation_map)
     if isinstance(segmentation_map, np.ndarray):
         segmentation_map = _to_tensor(segmentation_map)

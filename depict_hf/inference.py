@@ -6,16 +6,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, BinaryIO, Literal, overload
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch import Tensor
 
 from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import SegmentationModel
+from .photo_files import MAX_PHOTO_PIXELS, UnreadableImageError, read_image, upright
 from .resampling import size_of
 from .windows import CoarseScores, Segmentation, enlarge_to_window, label_views, pad_to_multiple, window_corners
 
@@ -27,9 +27,8 @@ MAX_BATCH_PIXELS = 2**21
 # Pixels of the photographs that may wait for others to fill a forward pass.
 MAX_WAITING_PIXELS = 2**27
 
-# What reading a photograph raises: missing or truncated files and unknown formats (OSError), broken contents
-# (ValueError; SyntaxError from PIL's readers of EXIF and PNG), or sizes beyond PIL's limit.
-UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)
+# What reading a photograph raises, whatever its decoder raised.
+UNREADABLE = (OSError, ValueError)
 
 
 @overload
@@ -218,16 +217,51 @@ def segment_files(
             yield _finished(*finishing.popleft())
 
 
-def load_photo(path: str | Path) -> PIL.Image.Image:
+def load_photo(path: str | Path | BinaryIO, max_photo_pixels: int = MAX_PHOTO_PIXELS) -> PIL.Image.Image:
     """Read a photograph upright, in 8-bit RGB.
 
+    What comes out for every kind of picture says `depict_hf.photo_files`; of animations and pages it is the first.
+
+    Args:
+        path: Of a file in one of `photo_files.FORMATS`; or such a file, open for reading bytes.
+        max_photo_pixels: Width times height that a file may declare, which is asked before it is decoded.
+
     Raises:
-        OSError: If the file is missing, truncated or no image.
+        UnreadableImageError: If the file is missing, no file, damaged or cut off, too large, or no photograph. It is an
+            `OSError` and a `ValueError`, of one line.
     """
-    with PIL.Image.open(path) as image:
-        upright = PIL.ImageOps.exif_transpose(image)
-        pixels = DepictImageProcessor().process_image(upright, do_convert_rgb=True)
-    return PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return read_photo(path, max_photo_pixels)[0]
+
+
+def read_photo(
+    path: str | Path | BinaryIO, max_photo_pixels: int = MAX_PHOTO_PIXELS
+) -> tuple[PIL.Image.Image, str | None]:
+    """Do as `load_photo` does, and also return a note for the user, or None."""
+    image, note = read_image(path, max_photo_pixels)
+    return rgb_photo(image), note
+
+
+def rgb_photo(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Make an image of any mode upright and 8-bit RGB, as `load_photo` returns it.
+
+    Raises:
+        UnreadableImageError: If it cannot be decoded, or holds floats.
+        ValueError: If it holds integers beyond 16 bits.
+    """
+    image = upright(image)
+    if image.mode == "RGB" and image.info.get("transparency") is None:
+        return image
+    if image.mode == "F":
+        raise UnreadableImageError(
+            "its values are floats, of which nothing says what is white; save it with 8 or 16 bits per channel"
+        )
+    try:
+        pixels = DepictImageProcessor().process_image(image, do_convert_rgb=True)
+        return PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    except MemoryError as error:
+        raise UnreadableImageError(
+            f"there is not enough memory to convert its {image.width} x {image.height} pixels; make it smaller"
+        ) from error
 
 
 def _read_ahead(
@@ -393,7 +427,7 @@ def _as_tensor(photo: Photo, image_processor: DepictImageProcessor) -> Tensor:
                 "pass a PIL image to have other kinds converted."
             )
     elif isinstance(photo, PIL.Image.Image):
-        photo = PIL.ImageOps.exif_transpose(photo)
+        photo = upright(photo)
     else:
         raise ValueError(f"Got a {type(photo).__name__}, needed a PIL image, a uint8 array or a path.")
     return image_processor.process_image(photo, do_convert_rgb=image_processor.do_convert_rgb)

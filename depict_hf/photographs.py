@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+from .photo_files import PHOTO_SUFFIXES
+
 # File that a photograph from standard input is kept in while it is segmented; its results are called like that.
 STANDARD_INPUT = "stdin"
 # What results of `depict segment` are called: the photograph's name with this in place of its suffix.

@@ -229,6 +229,7 @@ def test_the_analysis_receives_its_model():
         "image_processing_depict",
         "inference",
         "modeling_depict",
+        "photo_files",
         "resampling",
         "vit",
         "windows",

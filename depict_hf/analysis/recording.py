@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch import Tensor
 
 from ..image_processing_depict import DepictImageProcessor
 from ..inference import Photo, load_photo
 from ..modeling_depict import DepictForSemanticSegmentation
+from ..photo_files import upright
 from ..resampling import size_of
 from ..vit import LayerRecord
 from ..windows import enlarge_to_window, pad_to_multiple, window_corners
@@ -166,7 +166,7 @@ def analyze(
         OSError: If the file cannot be read.
     """
     if isinstance(photo, PIL.Image.Image):
-        photo = PIL.ImageOps.exif_transpose(photo)
+        photo = upright(photo)
     elif not isinstance(photo, np.ndarray):
         photo = load_photo(photo)
     pixel_values = image_processor(photo, return_tensors="pt")["pixel_values"]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from ..analysis import (
     subspace_statistics,
 )
 from ..image_processing_depict import DepictImageProcessor
-from ..inference import load_photo, segment
+from ..inference import load_photo, rgb_photo, segment
 from ..modeling_depict import DepictForSemanticSegmentation
 from .layout import Layout, record_windows
 from .readings import Patches, head_maps, read_patches
@@ -127,8 +126,7 @@ def explain(
     chosen = None if class_name is None else _class_id(class_name, names)
     if isinstance(photo, PIL.Image.Image):
         name = name or "photograph"
-        pixels = DepictImageProcessor().process_image(PIL.ImageOps.exif_transpose(photo), do_convert_rgb=True)
-        photo = PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        photo = rgb_photo(photo)
     else:
         name = name or Path(photo).name
         photo = load_photo(photo)
