@@ -1,7 +1,7 @@
 """Pure functions on images and logits larger than one window: cut, merge, label by bands."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -177,9 +177,17 @@ class CoarseScores:
             mirrored: Whether the image was a mirror image, so that the scores have to be mirrored back.
         """
         vertical, horizontal = _axes(window_logits[0], corners, window, size, target_size, mirrored)
-        mosaic = torch.stack(list(window_logits)).unflatten(0, (len(vertical.starts), len(horizontal.starts)))
-        # (tops, lefts, labels, h, w) to (tops * h, lefts * w, labels)
-        return cls(mosaic.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1), vertical, horizontal)
+        return cls(_side_by_side(window_logits, vertical, horizontal), vertical, horizontal)
+
+    def with_logits(self, window_logits: Sequence[Tensor]) -> "CoarseScores":
+        """Return the same view with other scores, per corner `(num_labels, h, w)`, as large as the old ones."""
+        return replace(self, mosaic=_side_by_side(window_logits, self.vertical, self.horizontal))
+
+
+def _side_by_side(window_logits: Sequence[Tensor], vertical: Axis, horizontal: Axis) -> Tensor:
+    mosaic = torch.stack(list(window_logits)).unflatten(0, (len(vertical.starts), len(horizontal.starts)))
+    # (tops, lefts, labels, h, w) to (tops * h, lefts * w, labels)
+    return mosaic.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
 
 
 class Segmentation(NamedTuple):

@@ -9,6 +9,7 @@ from depict_hf import DepictConfig
 from depict_hf.loading import DEFAULT_MODEL
 from training.evaluation.records import percent, render_table
 from training.evidence.comparison_report import with_deviation
+from training.evidence.robustness_card import FIGURE_NAME, RECORD_NAME, render_card
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/evaluation.json"))
@@ -85,3 +86,10 @@ def test_the_readme_shows_the_speed():
     costs = json.loads((ROOT / "model_cards" / "speed_cpu" / "exponent.json").read_text(encoding="utf-8"))
     for decoder in costs["exponents"]["costs"].values():
         assert f"to the power of {decoder['decoder']['time_exponent']:.2f}" in " ".join(README.split())
+
+
+def test_cards_of_robustness_are_rendered_from_their_records():
+    for path in (ROOT / "model_cards").glob(f"robustness_*/{RECORD_NAME}"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert (path.parent / "README.md").read_text(encoding="utf-8") == render_card(record)
+        assert (path.parent / FIGURE_NAME).is_file()

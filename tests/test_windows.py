@@ -148,3 +148,14 @@ def test_bands_together_are_the_upsampled_rows(length, target, few_elements_at_a
     for band, operator, used in upsampling_bands(length, target, 400, rows):
         result[band] = operator @ rows[used]
     torch.testing.assert_close(result, resize_bilinear(rows[None, None], (target, 400))[0, 0])
+
+
+def test_other_scores_take_the_place_of_a_views():
+    """Fails if windows are laid out in another order than by `from_windows`."""
+    first, second = torch.randn(2, 6, 3, 4, 5).unbind(0)
+    corners = windows.window_corners((24, 30), 20, 10)
+    first, second = first[: len(corners)], second[: len(corners)]
+    make = windows.CoarseScores.from_windows
+    expected = make(list(second), corners, (20, 20), (24, 30), (24, 30))
+    found = make(list(first), corners, (20, 20), (24, 30), (24, 30)).with_logits(list(second))
+    assert torch.equal(found.mosaic, expected.mosaic) and found.vertical == expected.vertical

@@ -28,6 +28,8 @@ from .records import class_names, environment
 METRIC_DEFINITION = "pixels counted over the whole split; classes that occur nowhere are left out of the means"
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 ScoreObserver = Callable[[int, Sequence[CoarseScores], Tensor], None]
+# A photograph, uint8 `(3, height, width)`, and its index in the split to another one of the same form.
+PhotoChange = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,13 @@ class Protocol:
 
     Args:
         scales, flip: As for `depict_hf.inference.segment`.
-        corruption: Applied to the photographs.
+        corruption: Applied to the photographs: a `Corruption`, or another change of them that `str` names.
         max_images: Evaluate at most so many, evenly spaced over the split.
     """
 
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
-    corruption: Corruption | None = None
+    corruption: Corruption | PhotoChange | None = None
     max_images: int | None = None
 
 
@@ -251,7 +253,7 @@ class _Photographs(Dataset):
     Where an image cannot be read, the item is the error: raised in a worker, it would arrive with the worker's stack.
     """
 
-    def __init__(self, samples: SegmentationDataset, corruption: Corruption | None):
+    def __init__(self, samples: SegmentationDataset, corruption: PhotoChange | None):
         self.samples = samples
         self.corruption = corruption
         self.label_dtype = torch.uint8 if samples.num_labels <= IGNORE_LABEL else torch.long

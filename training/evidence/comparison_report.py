@@ -115,7 +115,7 @@ def paired_difference(first: dict[int, float], second: dict[int, float]) -> dict
     return {"by_seed": dict(zip(map(str, seeds), values, strict=True)), "mean": mean, "interval": interval}
 
 
-def t_quantile(freedom: int, confidence: float = 0.95) -> float:
+def t_quantile(freedom: float, confidence: float = 0.95) -> float:
     """Return the two-sided quantile of Student's t: between minus this and this lies `confidence` of the distribution.
 
     Args:
