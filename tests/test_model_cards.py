@@ -9,10 +9,13 @@ from depict_hf import DepictConfig
 from depict_hf.loading import DEFAULT_MODEL
 from training.evaluation.records import percent, render_table
 from training.evidence.comparison_report import with_deviation
+from training.evidence.rehearsal_table import render_rehearsals
 from training.evidence.robustness_card import FIGURE_NAME, RECORD_NAME, render_card
+from training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/evaluation.json"))
+REHEARSALS = sorted((ROOT / "model_cards" / "rehearsals").glob("*.json"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -93,3 +96,13 @@ def test_cards_of_robustness_are_rendered_from_their_records():
         record = json.loads(path.read_text(encoding="utf-8"))
         assert (path.parent / "README.md").read_text(encoding="utf-8") == render_card(record)
         assert (path.parent / FIGURE_NAME).is_file()
+
+
+@pytest.mark.skipif(not REHEARSALS, reason="no row of the paper has been rehearsed yet")
+def test_the_table_of_rehearsals_shows_their_records():
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in REHEARSALS]
+    for record, path in zip(records, REHEARSALS, strict=True):
+        assert record["recipe"] == path.stem and record["rehearsed"]["flops_per_step"] > 0
+    order = {name: place for place, name in enumerate(RECIPES)}
+    records.sort(key=lambda record: order[record["recipe"]])
+    assert render_rehearsals(records) == (REHEARSALS[0].parent / "README.md").read_text(encoding="utf-8")

@@ -31,7 +31,7 @@ from .data import (
     load_dataset_splits,
     print_once,
 )
-from .evaluation import Execution, environment, evaluate, render_table, write_json
+from .evaluation import Execution, environment, evaluate, render_table, write_card, write_json
 from .optimization import (
     RecipeLoss,
     SegmentationTrainer,
@@ -283,7 +283,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path, help="folder for checkpoints, records and the trained model")
     parser.add_argument("--backbone", help="path or Hub name of the encoder; the recipe's own if omitted")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT, if any")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="go once through everything that a row of the paper needs, in minutes; see training.rehearse",
+    )
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the recipe")
+    argv = sys.argv[1:] if argv is None else argv
+    if "--rehearse" in argv and not {"-h", "--help"} & set(argv):
+        from .rehearse import rehearse_one  # which runs this command
+
+        return rehearse_one(argv)
     arguments = parser.parse_intermixed_args(argv)
     # Lines reach a log file as they are printed, not when a buffer is full.
     cast(io.TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)
@@ -330,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record |= {"model": str(arguments.output), "dataset": arguments.dataset, "split": recipe.data.test_split}
         record["environment"] = started_in
         write_json(record, arguments.output / "evaluation.json")
+        write_card(arguments.output)
         print(render_table(record))
         if recipe.hardware.push_to_hub is not None:
             print(f"uploaded: {upload(arguments.output, recipe.hardware.push_to_hub)}")

@@ -17,6 +17,7 @@ from depict_hf.conversion import convert_checkpoint, published_normalization
 from depict_hf.inference import segment
 from training import evaluate, train
 from training.evaluation.metrics import MeanIoU
+from training.evaluation.records import render_table
 from training.optimization.groups import create_optimizer, create_scheduler, parameter_groups, rate_factor
 from training.recipes import camvid_dinov2_small, get_recipe
 
@@ -145,6 +146,7 @@ def test_run_writes_model_and_records(trained, dataset_folder, backbone_folder):
     assert list(record["per_class_iou"]) == list(CLASSES)
     present = [value for value in record["per_class_iou"].values() if value is not None]
     assert record["mean_iou"] == pytest.approx(sum(present) / len(present))
+    assert render_table(record) in (trained / "README.md").read_text()
 
 
 def test_frozen_encoder_keeps_its_weights_and_the_decoder_learns(trained, backbone_folder):

@@ -4,7 +4,7 @@ from .augmentation import Normalization, TrainingAugmentation
 from .checks import describe_classes, label_encoding, open_samples, print_once
 from .features import DecoderOnFeatures, FeatureDataset
 from .imagefolder import read_class_names
-from .layouts import Splits
+from .layouts import CITYSCAPES_CLASSES, Splits
 from .loading import IMAGE_COLUMNS, LABEL_COLUMNS, find_columns, get_split, load_dataset_splits
 from .opening import OpenedData, open_data
 from .reading import LabelEncoding, UnreadableImageError
@@ -24,6 +24,7 @@ from .streaming import CHECKED_IMAGES, StreamingDataset, check_stream, count_ima
 
 __all__ = [
     "CHECKED_IMAGES",
+    "CITYSCAPES_CLASSES",
     "IMAGE_COLUMNS",
     "LABEL_COLUMNS",
     "DecoderOnFeatures",

@@ -2,6 +2,7 @@
 
 from .arguments import add_data_arguments, load_samples, load_with_overrides, settings, start_processes
 from .calibration import Calibration, CalibrationObserver, check_diagram, draw_reliability
+from .card import write_card
 from .corruptions import CORRUPTIONS, SEVERITIES, Corruption, parse_corruptions
 from .evaluate_split import (
     METRIC_DEFINITION,
@@ -82,6 +83,7 @@ __all__ = [
     "start_processes",
     "under_corruption",
     "wait_for",
+    "write_card",
     "write_json",
     "write_picture",
     "write_whole",

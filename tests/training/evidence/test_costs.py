@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.evidence.costs import ASSUMED_RATES, TrainingCost, cost_table, training_cost
+from training.evidence.costs import ASSUMED_RATES, ASSUMED_SCALING, TrainingCost, cost_table, step_bytes, training_cost
 from training.recipes import RECIPES, get_recipe
 
 
@@ -57,3 +57,29 @@ def test_unknown_data_and_backbones_are_refused():
 def test_every_recipe_has_its_line():
     lines = cost_table().splitlines()
     assert [line.split()[0] for line in lines[3:]] == list(RECIPES)
+
+
+def test_cards_together_are_slower_than_their_number():
+    cost = TrainingCost(flops_per_step=10**15, steps=4000)
+    assert cost.gpu_hours("bf16", 8) == pytest.approx(cost.gpu_hours("bf16") / (8 * ASSUMED_SCALING[8]))
+    with pytest.raises(ValueError, match="Got cards=3, needed one of 1, 8"):
+        cost.gpu_hours("bf16", 3)
+
+
+def test_bytes_of_a_step_in_closed_form():
+    """Of "linear": twelve bytes a weight; of each block, what its products, norms, GELU and attention need again."""
+    recipe = get_recipe("ade20k_vit_tiny_sa").replace(decoder_type="linear", crop_size=64)
+    weights = sum(
+        (
+            (3 * 16**2 + 1) * 192 + (1 + 4 * 4 + 1) * 192,  # patches; position embeddings and class token
+            12 * (12 * 192**2 + 13 * 192) + 2 * 192,  # blocks and last norm
+            192 * 150 + 150,
+        )
+    )
+    small, large = step_bytes(recipe, 1), step_bytes(recipe, 3)
+    outputs = (large - small) / 2
+    assert small - outputs == pytest.approx(12 * weights, rel=1e-3)
+    # Norms in and out twice, q, k, v, attention's output, MLP in, twice wide before and after GELU.
+    tokens = 17
+    assert 12 * tokens * 192 * 4 * 14 < outputs < 12 * tokens * 192 * 4 * 22
+    assert step_bytes(recipe.replace(optimizer="adamw"), 1) - small == pytest.approx(4 * weights, rel=1e-3)

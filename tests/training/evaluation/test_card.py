@@ -1,0 +1,75 @@
+"""Cards of trained recipes say what their records say."""
+
+import json
+
+import pytest
+
+from training.evaluation import write_card
+from training.evaluation.records import render_table
+
+
+def records(folder) -> dict:
+    recipe = {
+        "name": "ade20k_vit_tiny_sa",
+        "data": {"train_split": "train", "size": 512, "crop_size": 448},
+        "model": {"encoder": None, "backbone": "facebook/dinov2-small", "decoder_type": "sa", "freeze_encoder": True},
+        "optimization": {"epochs": 3, "learning_rate": 0.02, "seed": 7},
+        "hardware": {"precision": "bf16"},
+    }
+    run = {"recipe": recipe, "dataset": "me/streets", "data": {"train": {"images": 367}}}
+    record = {
+        "mean_iou": 0.4567,
+        "mean_accuracy": 0.5,
+        "overall_accuracy": 0.75,
+        "per_class_iou": {"road": 0.4567, "sky": None},
+        "per_class_accuracy": {"road": 0.5, "sky": None},
+        "protocol": {
+            "size": {"shortest_edge": 512, "longest_edge": 2048},
+            "window_size": 448,
+            "window_stride": None,
+            "scales": [1.0],
+            "flip": False,
+        },
+        "precision": "float32",
+        "metric_definition": "pixels counted",
+        "num_images": 233,
+        "split": "test",
+        "environment": {"commit": "abc", "torch": "2.0", "transformers": "5.0", "gpu": None},
+    }
+    (folder / "recipe.json").write_text(json.dumps(run))
+    (folder / "evaluation.json").write_text(json.dumps(record))
+    return record
+
+
+def test_a_card_shows_its_records(tmp_path):
+    record = records(tmp_path)
+    text = write_card(tmp_path).read_text()
+    assert text.startswith("---\nlibrary_name: transformers\npipeline_tag: image-segmentation\n")
+    assert render_table(record) in text
+    assert "on the train split of me/streets, 367 images" in text
+    assert "- mIoU 45.67 on 233 images of the test split" in text
+    assert "windows of 448 at stride 448; scales 1; float32" in text
+    for line in (
+        "| `crop_size` | 448 |",
+        "| `learning_rate` | 0.02 |",
+        "| `freeze_encoder` | true |",
+        "| `seed` | 7 |",
+    ):
+        assert line in text
+    assert "`encoder`" not in text  # none
+    assert "mirror" not in text
+
+
+def test_several_scales_and_a_note(tmp_path):
+    record = records(tmp_path)
+    protocol = record["protocol"] | {"scales": [0.5, 1.75], "flip": True, "window_size": None}
+    several = record | {"mean_iou": 0.5, "protocol": protocol}
+    (tmp_path / "evaluation_multi_scale.json").write_text(json.dumps(several))
+    text = write_card(tmp_path, "Random weights.").read_text()
+    assert "# ade20k_vit_tiny_sa\n\nRandom weights.\n\nA semantic" in text
+    assert "- mIoU 50.00 on 233" in text and "whole images; scales 0.5, 1.75 and their mirror images" in text
+
+
+def test_records_are_needed(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"recipe\.json"):
+        write_card(tmp_path)
