@@ -15,7 +15,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 from .configuration_depict import IGNORE_LABEL
-from .photo_files import decoding
+from .photo_files import MAX_PHOTO_PIXELS, check_resized, decoding, grey_or_colored
 from .resampling import resize_bilinear, size_of
 from .windows import CoarseScores, label_map
 
@@ -32,10 +32,12 @@ class DepictImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[cal
             whose annotations count the classes from 1.
         do_antialias: Whether images are low-pass filtered while they are made smaller. The published protocol does
             not.
+        max_photo_pixels: Pixels that an image may have after it was resized; bounds the memory for narrow ones.
     """
 
     do_reduce_labels: bool
     do_antialias: bool
+    max_photo_pixels: int
 
 
 class DepictImageProcessor(TorchvisionBackend):
@@ -69,6 +71,7 @@ class DepictImageProcessor(TorchvisionBackend):
     image_std = (0.5, 0.5, 0.5)
     do_convert_rgb = True
     do_reduce_labels = False
+    max_photo_pixels = MAX_PHOTO_PIXELS
 
     def preprocess(
         self,
@@ -90,8 +93,9 @@ class DepictImageProcessor(TorchvisionBackend):
             tensor each where `return_tensors` is given.
 
         Raises:
-            ValueError: If an argument has no meaning here, an image or map cannot be read unambiguously, maps and
-                images differ in number or size, or images of different sizes were to be stacked.
+            ValueError: If an argument has no meaning here, an image or map cannot be read unambiguously, an image would
+                be resized to more than `max_photo_pixels`, maps and images differ in number or size, or images of
+                different sizes were to be stacked.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
 
@@ -128,9 +132,11 @@ class DepictImageProcessor(TorchvisionBackend):
             return image
         antialias = antialias or resample == PILImageResampling.LANCZOS
         resize, size = super().resize, SizeDict(height=height, width=width)
-        channels = [resize(channel.float(), size, resample, antialias) for channel in image.split(1, dim=-3)]
-        resized = torch.cat(channels, dim=-3)
-        return resized.round().clamp(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else resized
+        channels = []
+        for channel in image.split(1, dim=-3):
+            resized = resize(channel.float(), size, resample, antialias)
+            channels.append(resized.round().clamp(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else resized)
+        return torch.cat(channels, dim=-3)
 
     def process_image(
         self,
@@ -146,7 +152,7 @@ class DepictImageProcessor(TorchvisionBackend):
             UnreadableImageError: If it is a PIL image that was opened but cannot be decoded.
         """
         if isinstance(image, PIL.Image.Image):
-            image = _grey_or_colored(image, do_convert_rgb)
+            image = grey_or_colored(image, do_convert_rgb)
             if image.mode[0] in "IF":  # more than 8 bits, which PIL would clip
                 image = np.array(image)
         if isinstance(image, np.ndarray):
@@ -205,6 +211,8 @@ class DepictImageProcessor(TorchvisionBackend):
                 f"Got size={dict(size)}; needed are positive pixels under the keys 'shortest_edge', or "
                 "'shortest_edge' and 'longest_edge', or 'height' and 'width'."
             )
+        if kwargs.get("max_photo_pixels", 1) < 1:
+            raise ValueError(f"Got max_photo_pixels={kwargs['max_photo_pixels']}, needed at least 1.")
         if kwargs.get("do_center_crop") or kwargs.get("do_pad"):
             raise ValueError(
                 "Got do_center_crop or do_pad, but images are neither cropped nor padded (the model pads); set `size`."
@@ -264,6 +272,7 @@ class DepictImageProcessor(TorchvisionBackend):
         image_mean: float | tuple[float, ...] | None,
         image_std: float | tuple[float, ...] | None,
         disable_grouping: bool | None,
+        max_photo_pixels: int,
         **kwargs,
     ) -> list[torch.Tensor]:
         """Resize, rescale and normalise `(channels, height, width)` images, those of one size together."""
@@ -271,6 +280,7 @@ class DepictImageProcessor(TorchvisionBackend):
         normalization = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         for shape, group in groups.items():
             if do_resize:
+                check_resized(size_of(group), self.resize_size(*size_of(group), size), max_photo_pixels)
                 group = self.resize(group, size, resample=resample, antialias=do_antialias)
             groups[shape] = self.rescale_and_normalize(group, *normalization)
         return reorder_images(groups, order)
@@ -291,24 +301,6 @@ def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
             'pass one image at a time, or set size={"height": ..., "width": ...}, or leave return_tensors out.'
         )
     return torch.stack(tensors)
-
-
-def _grey_or_colored(image: PIL.Image.Image, to_rgb: bool | None) -> PIL.Image.Image:
-    """Decode an image that may only have been opened; with `to_rgb`, make it RGB or RGBA if it has 8 bits or fewer.
-
-    Raises:
-        UnreadableImageError: If Pillow cannot, whatever it raised.
-    """
-    with decoding(image.size):
-        image.load()
-        if image.mode == "1":
-            image = image.convert("L")
-        elif image.mode == "La":  # multiplied by its opacity, as is RGBa
-            image = image.convert("LA")
-        if not to_rgb or image.mode == "RGB" or image.mode[0] in "IF":
-            return image
-        transparent = "A" in image.getbands() or image.mode == "RGBa" or image.info.get("transparency") is not None
-        return image.convert("RGBA" if transparent else "RGB")
 
 
 def _to_tensor(array: np.ndarray) -> torch.Tensor:

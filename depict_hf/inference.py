@@ -3,10 +3,10 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, overload
+from typing import Any, BinaryIO, Literal, NamedTuple, overload
 
 import numpy as np
 import PIL.Image
@@ -15,17 +15,15 @@ from torch import Tensor
 
 from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import SegmentationModel
+from .passes import MAX_WAITING_PIXELS as MAX_WAITING_PIXELS
+from .passes import check_photo, is_out_of_memory, memory_error, stream_scores
 from .photo_files import MAX_PHOTO_PIXELS, UnreadableImageError, read_image, upright
-from .resampling import size_of
-from .windows import CoarseScores, Segmentation, enlarge_to_window, label_views, pad_to_multiple, window_corners
+from .windows import CoarseScores, Segmentation, label_views
 
 Photo = PIL.Image.Image | np.ndarray | str | Path
 
 # Pixels that share a forward pass unless the caller says otherwise: 8 windows of 512 x 512.
 MAX_BATCH_PIXELS = 2**21
-
-# Pixels of the photographs that may wait for others to fill a forward pass.
-MAX_WAITING_PIXELS = 2**27
 
 # What reading a photograph raises, whatever its decoder raised.
 UNREADABLE = (OSError, ValueError)
@@ -40,6 +38,7 @@ def segment(
     flip: bool = ...,
     max_batch_pixels: int = ...,
     return_confidence: Literal[False] = False,
+    max_photo_pixels: int | None = ...,
 ) -> list[Tensor]: ...
 
 
@@ -53,6 +52,7 @@ def segment(
     max_batch_pixels: int = ...,
     *,
     return_confidence: bool,
+    max_photo_pixels: int | None = ...,
 ) -> list[Tensor] | list[Segmentation]: ...
 
 
@@ -64,6 +64,7 @@ def segment(
     flip: bool = False,
     max_batch_pixels: int = MAX_BATCH_PIXELS,
     return_confidence: bool = False,
+    max_photo_pixels: int | None = None,
 ) -> list[Tensor] | list[Segmentation]:
     """Label every pixel of photographs of any size.
 
@@ -81,6 +82,8 @@ def segment(
         max_batch_pixels: Pixels of all images or windows that share a forward pass, over photographs, scales and
             flips; bounds the memory that the model needs. A single one that is larger is processed alone.
         return_confidence: Whether to return how sure each pixel's label is, too. The labels are the same either way.
+        max_photo_pixels: Pixels that a photograph may have, in its file and resized for the model at any scale; bounds
+            the memory that a photograph needs. By default the image processor's, which is 134 million.
 
     Returns:
         Per photograph `(height, width)` class ids, int64, on the CPU; with confidence, named tuples of those as
@@ -89,13 +92,16 @@ def segment(
         size, divided by `model.config.temperature`, and averaged over scales and flips.
 
     Raises:
-        ValueError: If the model is in training mode, or an argument is not of the form above.
+        ValueError: If the model is in training mode, an argument is not of the form above, or a photograph has, or
+            would be resized to, too many pixels.
         OSError: If a file cannot be read.
+        MemoryError: If there is not enough memory for a photograph even if its windows are run one at a time.
 
     Source:
         `inference`, segm/model/utils.py in rstrudel/segmenter@20d1bfa.
     """
-    stream = segment_stream(model, image_processor, images, scales, flip, max_batch_pixels, return_confidence)
+    options = (scales, flip, max_batch_pixels, return_confidence, max_photo_pixels)
+    stream = segment_stream(model, image_processor, images, *options)
     results: list[Any] = list(stream)
     return results
 
@@ -108,15 +114,15 @@ def segment_stream(
     flip: bool = False,
     max_batch_pixels: int = MAX_BATCH_PIXELS,
     return_confidence: bool = False,
+    max_photo_pixels: int | None = None,
 ) -> Iterator[Tensor] | Iterator[Segmentation]:
     """Do as `segment` does for any number of photographs: one label map after the other, in their order.
 
     Photographs are taken from `images` only as they are needed to fill a forward pass.
     """
-    views = score_stream(model, image_processor, images, scales, flip, max_batch_pixels)
-    temperature = getattr(model.config, "temperature", 1.0)
+    views = score_stream(model, image_processor, images, scales, flip, max_batch_pixels, max_photo_pixels)
     # `map` holds no photograph's scores while the next ones are computed.
-    results: Iterator[Any] = map(partial(_label, return_confidence=return_confidence, temperature=temperature), views)
+    results: Iterator[Any] = map(_labeller(model, return_confidence), views)
     return results
 
 
@@ -127,16 +133,31 @@ def score_stream(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     max_batch_pixels: int = MAX_BATCH_PIXELS,
+    max_photo_pixels: int | None = None,
 ) -> Iterator[list[CoarseScores]]:
     """Yield the coarse scores that `segment_stream` labels photographs by, for those who need more than labels.
 
     Args:
-        model, image_processor, images, scales, flip, max_batch_pixels: As for `segment`, with the same errors.
+        model, image_processor, images, scales, flip, max_batch_pixels, max_photo_pixels: As for `segment`, with the
+            same errors.
 
     Yields:
         Per photograph its views, on the model's device: for every scale one and, with `flip`, its mirror image.
         `windows.score_bands` brings them to the photograph's size band by band.
     """
+    return map(_or_raise, _scores(model, image_processor, images, scales, flip, max_batch_pixels, max_photo_pixels))
+
+
+def _scores(
+    model: SegmentationModel,
+    image_processor: DepictImageProcessor,
+    images: Iterable[Photo],
+    scales: Sequence[float],
+    flip: bool,
+    max_batch_pixels: int,
+    max_photo_pixels: int | None,
+) -> Iterator[list[CoarseScores] | MemoryError]:
+    """Do as `score_stream` does, but yield the error of a photograph in its place; check the arguments at once."""
     if isinstance(images, (str, Path, np.ndarray, PIL.Image.Image)):
         raise ValueError(f"Got one {type(images).__name__}, needed a list of photographs; pass [image].")
     if model.training:
@@ -148,7 +169,19 @@ def score_stream(
         raise ValueError(f"Got scales={scales}, but the image processor does not resize; set its do_resize=True.")
     if max_batch_pixels < 1:
         raise ValueError(f"Got max_batch_pixels={max_batch_pixels}, needed at least 1.")
-    return _stream(model, image_processor, images, scales, flip, max_batch_pixels)
+    if max_photo_pixels is None:
+        max_photo_pixels = image_processor.max_photo_pixels
+    if max_photo_pixels < 1:
+        raise ValueError(f"Got max_photo_pixels={max_photo_pixels}, needed at least 1.")
+    read = partial(_as_tensor, image_processor=image_processor, max_photo_pixels=max_photo_pixels)
+    options = (scales, flip, max_batch_pixels, max_photo_pixels)
+    return stream_scores(model, image_processor, map(read, images), *options)
+
+
+def _or_raise(views: list[CoarseScores] | MemoryError) -> list[CoarseScores]:
+    if isinstance(views, MemoryError):
+        raise views
+    return views
 
 
 @dataclass(frozen=True)
@@ -157,13 +190,15 @@ class SegmentedFile:
 
     Attributes:
         path: Path of the photograph.
-        result: What `finish` returned; None where the photograph cannot be read.
-        error: Why it cannot be read, one of `UNREADABLE`; None where it can.
+        result: What `finish` returned; None where the photograph cannot be segmented.
+        error: Why it cannot be read, one of `UNREADABLE`, or a MemoryError; None where it could be segmented.
+        note: What the user should know, such as that a file holds several pictures; None where there is nothing.
     """
 
     path: Path
     result: Any = None
     error: Exception | None = None
+    note: str | None = None
 
 
 def segment_files(
@@ -175,6 +210,7 @@ def segment_files(
     flip: bool = False,
     max_batch_pixels: int = MAX_BATCH_PIXELS,
     return_confidence: bool = False,
+    max_photo_pixels: int | None = None,
 ) -> Iterator[SegmentedFile]:
     """Segment image files while the next ones are read and decoded, and the last ones are written, by other threads.
 
@@ -183,31 +219,39 @@ def segment_files(
             `segment` returns for it; draws and writes whatever is wanted.
 
     Yields:
-        One result per path, in order. Files that cannot be read do not end the run; what `finish` raises does.
+        One result per path, in order. Files that cannot be read, or for which there is not enough memory, do not end
+        the run; whatever else `finish` raises does.
     """
+    if max_photo_pixels is None:
+        max_photo_pixels = image_processor.max_photo_pixels
     ahead = 2  # Files read before, and files waiting to be written after, those in the model.
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        in_model: deque[tuple[Path, PIL.Image.Image | Exception]] = deque()
-        finishing: deque[tuple[Path, Future | Exception]] = deque()
+        in_model: deque[_ReadFile] = deque()
+        finishing: deque[tuple[_ReadFile, Future | Exception]] = deque()
+        read = partial(_read, model, image_processor, scales=scales, max_photo_pixels=max_photo_pixels)
 
         def photos() -> Iterator[PIL.Image.Image]:
-            for path, photo in _read_ahead(reader, paths, ahead):
-                in_model.append((path, photo))
-                if not isinstance(photo, Exception):
-                    yield photo
+            for file in _read_ahead(reader, read, paths, ahead):
+                in_model.append(file)
+                if not isinstance(file.photo, Exception):
+                    yield file.photo
 
-        def pass_on(segmentation: Tensor | Segmentation | None) -> None:
+        def pass_on(segmentation: Tensor | Segmentation | MemoryError | None) -> None:
             """Hand the first file in the model, and unreadable ones before it, to the writer."""
             while in_model:
-                path, photo = in_model.popleft()
-                if isinstance(photo, Exception):
-                    finishing.append((path, photo))
+                file = in_model.popleft()
+                if isinstance(file.photo, Exception):
+                    finishing.append((file, file.photo))
+                elif isinstance(segmentation, MemoryError):
+                    finishing.append((file, segmentation))
+                    return
                 else:
-                    finishing.append((path, writer.submit(finish, path, photo, segmentation)))
+                    finishing.append((file, writer.submit(finish, file.path, file.photo, segmentation)))
                     return
 
-        options = (scales, flip, max_batch_pixels, return_confidence)
-        for segmentation in segment_stream(model, image_processor, photos(), *options):
+        options = (scales, flip, max_batch_pixels, max_photo_pixels)
+        views = _scores(model, image_processor, photos(), *options)
+        for segmentation in map(partial(_label_or_error, _labeller(model, return_confidence)), views):
             pass_on(segmentation)
             del segmentation
             while len(finishing) > ahead:
@@ -264,62 +308,77 @@ def rgb_photo(image: PIL.Image.Image) -> PIL.Image.Image:
         ) from error
 
 
+class _ReadFile(NamedTuple):
+    """A file and what came out of it: its photograph, or why there is none, and a note for the user."""
+
+    path: Path
+    photo: PIL.Image.Image | Exception
+    note: str | None = None
+
+
 def _read_ahead(
-    reader: ThreadPoolExecutor, paths: Iterable[str | Path], ahead: int
-) -> Iterator[tuple[Path, PIL.Image.Image | Exception]]:
-    reading: deque[tuple[Path, Future]] = deque()
+    reader: ThreadPoolExecutor, read: Callable[[Path], _ReadFile], paths: Iterable[str | Path], ahead: int
+) -> Iterator[_ReadFile]:
+    reading: deque[Future[_ReadFile]] = deque()
     for path in map(Path, paths):
-        reading.append((path, reader.submit(load_photo, path)))
+        reading.append(reader.submit(read, path))
         if len(reading) > ahead:
-            yield _read(*reading.popleft())
+            yield reading.popleft().result()
     while reading:
-        yield _read(*reading.popleft())
+        yield reading.popleft().result()
 
 
-def _read(path: Path, photo: Future) -> tuple[Path, PIL.Image.Image | Exception]:
+def _read(
+    model: SegmentationModel,
+    image_processor: DepictImageProcessor,
+    path: Path,
+    scales: Sequence[float],
+    max_photo_pixels: int,
+) -> _ReadFile:
+    """Read a photograph that fits into memory after it was resized, too."""
     try:
-        return path, photo.result()
+        photo, note = read_photo(path, max_photo_pixels)
+        check_photo(photo.height, photo.width, model, image_processor, scales, max_photo_pixels)
     except UNREADABLE as error:
-        return path, error
+        _forget_frames(error)
+        return _ReadFile(path, error)
+    return _ReadFile(path, photo, note)
 
 
-def _finished(path: Path, outcome: Future | Exception) -> SegmentedFile:
+def _forget_frames(error: BaseException) -> None:
+    """Let go of where an error and its causes were raised, since that keeps the pictures that were read there."""
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+
+
+def _finished(file: _ReadFile, outcome: Future | Exception) -> SegmentedFile:
     if isinstance(outcome, Exception):
-        return SegmentedFile(path, error=outcome)
-    return SegmentedFile(path, outcome.result())
+        return SegmentedFile(file.path, error=outcome)
+    try:
+        return SegmentedFile(file.path, outcome.result(), note=file.note)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        assert not isinstance(file.photo, Exception)
+        return SegmentedFile(file.path, error=memory_error((file.photo.height, file.photo.width)))
 
 
-@dataclass
-class _View:
-    """One photograph at one scale, mirrored or not, and the logits of its windows as far as they are known.
-
-    Args:
-        corners: (top, left) pixels per window, row by row.
-        window: (height, width) pixels of a window.
-        size: (height, width) pixels of the resized photograph, without padding.
-        mirrored: Whether it is the mirror image.
-        logits: Per corner `(num_labels, h, w)` in the model's dtype.
-    """
-
-    corners: list[tuple[int, int]]
-    window: tuple[int, int]
-    size: tuple[int, int]
-    mirrored: bool
-    logits: list[Tensor] = field(default_factory=list)
+def _labeller(model: SegmentationModel, return_confidence: bool) -> Callable[[list[CoarseScores]], Any]:
+    temperature = getattr(model.config, "temperature", 1.0)
+    return partial(_label, return_confidence=return_confidence, temperature=temperature)
 
 
-@dataclass
-class _Job:
-    """One photograph on its way: its size and the views begun so far."""
-
-    size: tuple[int, int]
-    views: list[_View] = field(default_factory=list)
-
-    def finish(self) -> list[CoarseScores]:
-        return [
-            CoarseScores.from_windows(view.logits, view.corners, view.window, view.size, self.size, view.mirrored)
-            for view in self.views
-        ]
+def _label_or_error(label: Callable[[list[CoarseScores]], Any], views: list[CoarseScores] | MemoryError) -> Any:
+    if isinstance(views, MemoryError):
+        return views
+    try:
+        return label(views)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return memory_error((views[0].vertical.target_length, views[0].horizontal.target_length))
 
 
 @torch.inference_mode()
@@ -332,94 +391,10 @@ def _label(views: list[CoarseScores], return_confidence: bool, temperature: floa
     return Segmentation(labels, confidence.cpu(), margin.cpu())
 
 
-@torch.inference_mode()
-def _stream(
-    model: SegmentationModel,
-    image_processor: DepictImageProcessor,
-    images: Iterable[Photo],
-    scales: tuple[float, ...],
-    flip: bool,
-    max_batch_pixels: int,
-) -> Iterator[list[CoarseScores]]:
-    """Queue the windows of all photographs; run the model whenever a pass is full."""
-    # Photographs whose windows have not all been run, or that wait for an earlier one of those.
-    jobs: deque[_Job] = deque()
-    queue: list[tuple[Tensor, _View]] = []
-    pixels = 0
-    for photo in images:
-        image = _as_tensor(photo, image_processor)
-        del photo
-        jobs.append(_Job(size_of(image)))
-        for window, view in _windows(model, image_processor, image, scales, flip, jobs[-1]):
-            window_pixels = window.shape[-2] * window.shape[-1]
-            if queue and pixels + window_pixels > max_batch_pixels:
-                _run(model, queue)
-                pixels = 0
-            queue.append((window, view))
-            pixels += window_pixels
-        del image
-        waiting_pixels = sum(job.size[0] * job.size[1] for job in jobs)
-        if pixels + window_pixels > max_batch_pixels or waiting_pixels > MAX_WAITING_PIXELS:
-            _run(model, queue)
-            pixels = 0
-        while jobs and _complete(jobs[0]):
-            yield jobs.popleft().finish()
-    _run(model, queue)
-    while jobs:
-        yield jobs.popleft().finish()
-
-
-def _complete(job: _Job) -> bool:
-    return all(len(view.logits) == len(view.corners) for view in job.views)
-
-
-def _run(model: SegmentationModel, queue: list[tuple[Tensor, _View]]) -> None:
-    """Run the queued windows, those of one size together, and hand the logits to their views."""
-    for size in dict.fromkeys(window.shape for window, _ in queue):
-        entries = [entry for entry in queue if entry[0].shape == size]
-        logits = model(torch.stack([window for window, _ in entries])).logits
-        for (_, view), each in zip(entries, logits, strict=True):
-            view.logits.append(each)
-    queue.clear()
-
-
-def _windows(
-    model: SegmentationModel,
-    image_processor: DepictImageProcessor,
-    image: Tensor,
-    scales: tuple[float, ...],
-    flip: bool,
-    job: _Job,
-) -> Iterator[tuple[Tensor, _View]]:
-    """Cut windows `(channels, height, width)` at every scale; yield each with its view, which the job gets."""
-    window_size = model.config.window_size
-    for scale in scales:
-        edges = {name: int(side * scale) for name, side in dict(image_processor.size).items() if side is not None}
-        pixel_values = image_processor(image, size=edges, return_tensors="pt")["pixel_values"].to(model.device)
-        if window_size is not None:
-            pixel_values = enlarge_to_window(pixel_values, window_size)
-        size = size_of(pixel_values)
-        for mirrored in (False, True) if flip else (False,):
-            pixels = pixel_values.flip(-1) if mirrored else pixel_values
-            if window_size is not None:
-                window = (window_size, window_size)
-                corners = window_corners(size, window_size, model.config.window_stride or window_size)
-            else:
-                # Else the model would pad, and return logits at the input's size; exported graphs pad by themselves.
-                if not getattr(model, "pads", False):
-                    pixels = pad_to_multiple(pixels, model.config.encoder_patch_size)
-                window = size_of(pixels)
-                corners = [(0, 0)]
-            view = _View(corners, window, size, mirrored)
-            job.views.append(view)
-            for top, left in corners:
-                yield pixels[0, :, top : top + window[0], left : left + window[1]], view
-
-
-def _as_tensor(photo: Photo, image_processor: DepictImageProcessor) -> Tensor:
+def _as_tensor(photo: Photo, image_processor: DepictImageProcessor, max_photo_pixels: int) -> Tensor:
     """Return a photograph upright, `(channels, height, width)` uint8."""
     if isinstance(photo, (str, Path)):
-        photo = load_photo(photo)
+        photo = load_photo(photo, max_photo_pixels)
     if isinstance(photo, np.ndarray):
         if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
             raise ValueError(

@@ -129,6 +129,40 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     return turned
 
 
+def grey_or_colored(image: PIL.Image.Image, to_rgb: bool | None) -> PIL.Image.Image:
+    """Decode an image that may only have been opened; with `to_rgb`, make it RGB or RGBA if it has 8 bits or fewer.
+
+    Raises:
+        UnreadableImageError: If Pillow cannot, whatever it raised.
+    """
+    with decoding(image.size):
+        image.load()
+        if image.mode == "1":
+            image = image.convert("L")
+        elif image.mode == "La":  # multiplied by its opacity, as is RGBa
+            image = image.convert("LA")
+        if not to_rgb or image.mode == "RGB" or image.mode[0] in "IF":
+            return image
+        transparent = "A" in image.getbands() or image.mode == "RGBa" or image.info.get("transparency") is not None
+        return image.convert("RGBA" if transparent else "RGB")
+
+
+def check_resized(size: tuple[int, int], resized: tuple[int, int], max_photo_pixels: int) -> None:
+    """Refuse a photograph that would be resized to more pixels than allowed, as one of 5000 x 1 is by its short side.
+
+    Args:
+        size, resized: (height, width) before and after.
+
+    Raises:
+        ValueError: If there are more than `max_photo_pixels`.
+    """
+    if resized[0] * resized[1] > max_photo_pixels:
+        raise ValueError(
+            f"it has {size[1]} x {size[0]} pixels, which become {resized[1]} x {resized[0]} for the model, more than "
+            f"the {max_photo_pixels} allowed; crop it, or raise max_photo_pixels (--max-photo-pixels)"
+        )
+
+
 @contextmanager
 def decoding(size: tuple[int, int] | None = None) -> Iterator[None]:
     """Make whatever Pillow raises within an `UnreadableImageError`; nothing but calls of Pillow belongs there.

@@ -17,6 +17,7 @@ from .resampling import (
     product_dtype,
     resample,
     resize_bilinear,
+    size_of,
     upsampling_bands,
     without_autocast,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "axis_operator",
     "cut_windows",
     "enlarge_to_window",
+    "enlarged_size",
     "label_map",
     "label_views",
     "merge_windows",
@@ -61,15 +63,18 @@ def enlarge_to_window(pixel_values: Tensor, window_size: int) -> Tensor:
     Source:
         `resize`, segm/model/utils.py in rstrudel/segmenter@20d1bfa: the longer side is rounded down.
     """
-    height, width = pixel_values.shape[-2:]
+    size = enlarged_size(*size_of(pixel_values), window_size)
+    return pixel_values if size == size_of(pixel_values) else resize_bilinear(pixel_values, size)
+
+
+def enlarged_size(height: int, width: int, window_size: int) -> tuple[int, int]:
+    """Return the (height, width) that `enlarge_to_window` brings an image of `height` x `width` pixels to."""
     if min(height, width) >= window_size:
-        return pixel_values
+        return height, width
     # In this order of operations the rounding is the published one.
     if height < width:
-        size = (window_size, int(width / height * window_size))
-    else:
-        size = (int(height / width * window_size), window_size)
-    return resize_bilinear(pixel_values, size)
+        return window_size, int(width / height * window_size)
+    return int(height / width * window_size), window_size
 
 
 def window_starts(length: int, window_size: int, window_stride: int) -> list[int]:

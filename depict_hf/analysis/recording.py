@@ -11,10 +11,10 @@ from torch import Tensor
 from ..image_processing_depict import DepictImageProcessor
 from ..inference import Photo, load_photo
 from ..modeling_depict import DepictForSemanticSegmentation
-from ..photo_files import upright
+from ..photo_files import check_resized, upright
 from ..resampling import size_of
 from ..vit import LayerRecord
-from ..windows import enlarge_to_window, pad_to_multiple, window_corners
+from ..windows import enlarge_to_window, enlarged_size, pad_to_multiple, window_corners
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +175,8 @@ def analyze(
         size = model.config.window_size
         if size is None:
             raise ValueError(f"Got window={window}, but model.config.window_size is None; omit `window`.")
+        enlarged = enlarged_size(*size_of(pixel_values), size)
+        check_resized(size_of(pixel_values), enlarged, image_processor.max_photo_pixels)
         pixel_values = enlarge_to_window(pixel_values, size)
         corners = window_corners(size_of(pixel_values), size, model.config.window_stride or size)
         if not 0 <= window < len(corners):

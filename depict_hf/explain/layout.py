@@ -8,7 +8,9 @@ import PIL.Image
 from ..analysis import Recording, record
 from ..image_processing_depict import DepictImageProcessor
 from ..modeling_depict import DepictForSemanticSegmentation
-from ..windows import enlarge_to_window, window_corners, window_starts
+from ..photo_files import check_resized
+from ..resampling import size_of
+from ..windows import enlarge_to_window, enlarged_size, window_corners, window_starts
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def record_windows(
     pixel_values = image_processor(photo, return_tensors="pt")["pixel_values"]
     size = model.config.window_size
     if size is not None:
+        enlarged = enlarged_size(*size_of(pixel_values), size)
+        check_resized((photo.height, photo.width), enlarged, image_processor.max_photo_pixels)
         pixel_values = enlarge_to_window(pixel_values, size)
     height, width = resized = pixel_values.shape[-2:]
     window, starts, corners = resized, ([0], [0]), [(0, 0)]
