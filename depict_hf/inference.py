@@ -17,7 +17,7 @@ from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import SegmentationModel
 from .passes import MAX_WAITING_PIXELS as MAX_WAITING_PIXELS
 from .passes import check_photo, is_out_of_memory, memory_error, stream_scores
-from .photo_files import MAX_PHOTO_PIXELS, UnreadableImageError, read_image, upright
+from .photo_files import MAX_PHOTO_PIXELS, UnreadableImageError, grey_or_colored, read_image, upright
 from .windows import CoarseScores, Segmentation, label_views
 
 Photo = PIL.Image.Image | np.ndarray | str | Path
@@ -293,7 +293,9 @@ def rgb_photo(image: PIL.Image.Image) -> PIL.Image.Image:
         ValueError: If it holds integers beyond 16 bits.
     """
     image = upright(image)
-    if image.mode == "RGB" and image.info.get("transparency") is None:
+    if image.mode != "RGB" or image.info.get("transparency") is not None:
+        image = grey_or_colored(image, to_rgb=True)
+    if image.mode == "RGB":
         return image
     if image.mode == "F":
         raise UnreadableImageError(

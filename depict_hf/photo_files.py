@@ -32,6 +32,7 @@ from typing import BinaryIO
 import PIL
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageFile
 
 # Formats of Pillow that are opened, and the suffixes by which folders are searched for them. Photographs and label maps
 # come in these. All others stay closed: their decoders are seldom used and little tested, some start other programs
@@ -141,10 +142,11 @@ def grey_or_colored(image: PIL.Image.Image, to_rgb: bool | None) -> PIL.Image.Im
             image = image.convert("L")
         elif image.mode == "La":  # multiplied by its opacity, as is RGBa
             image = image.convert("LA")
-        if not to_rgb or image.mode == "RGB" or image.mode[0] in "IF":
+        if not to_rgb or image.mode[0] in "IF":
             return image
         transparent = "A" in image.getbands() or image.mode == "RGBa" or image.info.get("transparency") is not None
-        return image.convert("RGBA" if transparent else "RGB")
+        mode = "RGBA" if transparent else "RGB"
+        return image if image.mode == mode else image.convert(mode)
 
 
 def check_resized(size: tuple[int, int], resized: tuple[int, int], max_photo_pixels: int) -> None:
@@ -228,9 +230,19 @@ def _read(file: BinaryIO, max_pixels: int) -> tuple[PIL.Image.Image, str | None]
             f"it has {width} x {height} pixels, more than the {max_pixels} allowed; make it smaller, or raise "
             "max_photo_pixels (--max-photo-pixels)"
         )
+    if image.format == "TIFF" and not _is_covered(image):
+        raise UnreadableImageError(f"parts of its {width} x {height} pixels are missing; get it again")
     if is_jpeg and not _has_end(file):
         raise UnreadableImageError("it is cut off, the end of its JPEG data is missing; get it again")
     return upright(image), SEVERAL_PICTURES if several else None
+
+
+def _is_covered(image: PIL.ImageFile.ImageFile) -> bool:
+    """Whether the strips or blocks of a TIFF file reach its last pixel; Pillow leaves black what is in none."""
+    extents = [each[1] or (0, 0, 0, 0) for each in image.tile]
+    # Its size may be turned already, so that only the area tells.
+    area = max((each[2] for each in extents), default=0) * max((each[3] for each in extents), default=0)
+    return area >= image.width * image.height
 
 
 def _has_end(file: BinaryIO) -> bool:

@@ -112,6 +112,19 @@ def test_a_jpeg_whose_rest_is_zeros_is_cut_off(progressive):
     assert np.array_equal(pixels_of(whole + behind), pixels_of(whole))
 
 
+def test_a_tiff_without_its_last_strips_is_refused():
+    """Pillow leaves the missing strips black; fails if the header alone decides."""
+    whole = encode(PHOTO, "TIFF")
+    tag = b"\x01\x01\x04\x00\x01\x00\x00\x00"  # height, one 32-bit integer (Pillow writes 16 bits where it can)
+    short = b"\x01\x01\x03\x00\x01\x00\x00\x00"
+    position = max(whole.find(tag), whole.find(short)) + 8
+    higher = whole[:position] + (4000).to_bytes(4, "little") + whole[position + 4 :]
+    rows = b"\x16\x01\x03\x00\x01\x00\x00\x00"  # rows per strip, as before
+    assert rows in whole or b"\x16\x01\x04\x00" in whole
+    with pytest.raises(UnreadableImageError, match="parts of its 60 x 4000 pixels are missing; get it again"):
+        read_image(higher)
+
+
 class TestModes:
     """One rule for each, by value."""
 
