@@ -1,7 +1,9 @@
 """The command `depict`: segment photographs; train, evaluate, convert and export models."""
 
 import argparse
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .options import add_convert_arguments, add_explain_arguments, add_export_arguments, add_segment_arguments
+from .photo_files import allowed_pixels, shown
 from .photographs import (
     CONFIDENCE_SUFFIXES,
     PHOTO_SUFFIXES,
@@ -29,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         `TRAINING_COMMANDS` what they return.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names and classes that its encoding does not know
     try:
         if argv and argv[0] in TRAINING_COMMANDS:
             return _training_module(argv[0]).main(argv[1:], f"depict {argv[0]}")
@@ -171,26 +176,28 @@ def export_file(args: argparse.Namespace) -> int:
 def explain_photo(args: argparse.Namespace) -> int:
     """Write a page that shows how every part of a photograph came to its class; it needs nothing but a browser."""
     from .explain import explain
-    from .inference import UNREADABLE, load_photo
+    from .inference import UNREADABLE, read_photo
     from .loading import load_model
 
     output = args.output or (None if args.json else Path(f"{args.photo.stem}_explained.html"))
-    if output is not None and output.resolve() == args.photo.resolve():
-        raise ValueError(f"{output} is the photograph and would be overwritten; change --output.")
+    if output is not None and os.path.realpath(output) == os.path.realpath(args.photo):
+        raise ValueError(f"{shown(output)} is the photograph and would be overwritten; change --output.")
     try:
-        photo = load_photo(args.photo)
+        photo, note = read_photo(args.photo, allowed_pixels(None))
     except UNREADABLE as error:
-        raise ValueError(f"{args.photo}: {error}") from error
+        raise ValueError(f"{shown(args.photo)}: {error}") from error
+    if note is not None:
+        print(f"depict: {shown(args.photo)}: {note}", file=sys.stderr)
     model, image_processor = load_model(args.model)
     at = tuple(args.at) if args.at else None
-    explanation = explain(model, image_processor, photo, at, args.class_name, args.photo.name)
+    explanation = explain(model, image_processor, photo, at, args.class_name, shown(args.photo.name))
     text = json.dumps(explanation.numbers, allow_nan=False) if args.json else explanation.page()
     if output is None:
         print(text)
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
-        print(f"{args.photo} -> {output}")
+        print(f"{shown(args.photo)} -> {shown(output)}")
     return 0
 
 

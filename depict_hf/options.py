@@ -54,6 +54,13 @@ def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
 
     execution = parser.add_argument_group("execution")
     execution.add_argument("--max-batch-pixels", type=int, metavar="N", help="that share a pass; bounds the memory")
+    execution.add_argument(
+        "--max-photo-pixels",
+        type=_positive,
+        metavar="N",
+        help="that a photograph may have, in its file and resized for the model at any scale (134217728); bounds the "
+        "memory",
+    )
     execution.add_argument("--device", default="auto", help="cpu, cuda, mps, xpu, ...; auto: cuda, mps or xpu if there")
     execution.add_argument(
         "--dtype",
@@ -130,6 +137,12 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="default: PHOTO_explained.html; with --json, standard output"
     )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
 
 
 def _kinds(text: str) -> list[str]:

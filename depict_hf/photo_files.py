@@ -24,6 +24,7 @@ Nothing here knows of models. Photographs and label maps are both read by `read_
 import io
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,6 +189,19 @@ def shown(name: object) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(name))
 
 
+def allowed_pixels(max_photo_pixels: int | None) -> int:
+    """Let this process open photographs of so many pixels, `MAX_PHOTO_PIXELS` for None, and no larger ones.
+
+    Pillow's own limit, which holds for the whole process, is raised where it is lower, and its warnings are silenced:
+    what they say is damaged metadata, or a size that `read_image` refuses. For commands, not for libraries.
+    """
+    allowed = MAX_PHOTO_PIXELS if max_photo_pixels is None else max_photo_pixels
+    if max_photo_pixels is not None and PIL.Image.MAX_IMAGE_PIXELS is not None:
+        PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS, allowed)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    return allowed
+
+
 def _open_file(path: Path) -> BinaryIO:
     """Open a regular file; anything else is refused unopened, since opening a pipe waits for somebody to write."""
     try:
@@ -209,7 +223,7 @@ def _open_file(path: Path) -> BinaryIO:
 
 def _no_file(mode: int) -> str:
     if stat.S_ISDIR(mode):
-        return f"it is a folder without image files ({' '.join(PHOTO_SUFFIXES)}), not an image file; name files"
+        return f"it is a folder in which no image files are found ({' '.join(PHOTO_SUFFIXES)}); name an image file"
     kinds = {stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket", stat.S_ISCHR: "device", stat.S_ISBLK: "device"}
     kind = next((name for is_kind, name in kinds.items() if is_kind(mode)), "special file")
     return f"it is a {kind}, not an image file; save what comes from it as a file first"

@@ -1,6 +1,7 @@
 """Which photographs a command was given, what their results are called, and which of them this process takes."""
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .photo_files import PHOTO_SUFFIXES
+from .photo_files import PHOTO_SUFFIXES, shown
 
 # File that a photograph from standard input is kept in while it is segmented; its results are called like that.
 STANDARD_INPUT = "stdin"
@@ -44,8 +45,13 @@ class Photograph:
 
     @property
     def name(self) -> str:
-        """What to call it towards the user: its path, or - for standard input."""
+        """What to call it in records: its path, or - for standard input."""
         return "-" if self.path.name == STANDARD_INPUT else str(self.path)
+
+    @property
+    def shown(self) -> str:
+        """What to call it towards the user: its name on one line that every terminal can show."""
+        return shown(self.name)
 
     def result(self, kind: str) -> Path:
         """Say where its result of this kind goes, a key of `RESULT_SUFFIXES` or `CONFIDENCE_SUFFIXES`."""
@@ -58,7 +64,8 @@ def find_photographs(
     """Find image files as given, and those in folders, sorted; each file once.
 
     Results of what lies in sub-folders go to sub-folders of the same names. Photographs of one name in one of these are
-    numbered.
+    numbered. What is named like a photograph but is none, such as a folder, a broken link or a pipe, counts as one: it
+    fails when it is read, and no other is lost by it.
 
     Args:
         paths: Files and folders.
@@ -67,7 +74,8 @@ def find_photographs(
         recursive: Whether sub-folders are searched too.
 
     Raises:
-        ValueError: If a folder holds no image files, or a photograph would be overwritten by a result.
+        ValueError: If nothing but a folder without image files is given, or a photograph would be overwritten by a
+            result.
     """
     found: dict[Path, Path] = {}
     for path, folder in _expand(paths, output, recursive):
@@ -82,34 +90,45 @@ def find_photographs(
             stem = f"{path.stem}_{count}"
         taken.add((folder, stem.casefold()))
         photographs.append(Photograph(path, output / folder / stem, len(photographs) + 1))
-    originals = {each.path.resolve() for each in photographs}
+    # `Path.resolve` raises on links that lead to themselves.
+    originals = {os.path.realpath(each.path) for each in photographs}
     for each in photographs:
         for kind in kinds:
-            if each.result(kind).resolve() in originals:
-                raise ValueError(
-                    f"{each.result(kind)} is one of the photographs and would be overwritten; change --output."
-                )
+            if os.path.realpath(each.result(kind)) in originals:
+                name = shown(each.result(kind))
+                raise ValueError(f"{name} is one of the photographs and would be overwritten; change --output.")
     return photographs
 
 
 def _expand(paths: Iterable[Path], output: Path, recursive: bool) -> Iterator[tuple[Path, Path]]:
     """Find image files, and the folders that they lie in, seen from the folder that was given."""
-    results = output.resolve()
-    for root in paths:
-        if not root.is_dir():
+    results = os.path.realpath(output)
+    roots = list(paths)
+    for root in roots:
+        if not os.path.isdir(root):
             yield root, Path()
             continue
         found = False
-        for folder, subfolders, names in os.walk(root):
+        unreadable: list[OSError] = []
+        for folder, subfolders, names in os.walk(root, onerror=unreadable.append):
+            if not recursive:
+                names += subfolders  # Those named like a photograph are told of.
             # Those of an earlier run are no photographs; a folder searched on purpose is.
-            subfolders[:] = sorted(each for each in subfolders if recursive and Path(folder, each).resolve() != results)
+            subfolders[:] = sorted(
+                each for each in subfolders if recursive and os.path.realpath(Path(folder, each)) != results
+            )
             for name in sorted(names):
                 if Path(name).suffix.lower() in PHOTO_SUFFIXES:
                     found = True
                     yield Path(folder, name), Path(folder).relative_to(root)
-        if not found:
+        for error in unreadable:
+            found = True
+            yield Path(error.filename), Path()
+        if not found and len(roots) > 1:
+            yield root, Path()
+        elif not found:
             hint = "" if recursive else "; sub-folders are searched with --recursive"
-            raise ValueError(f"{root} holds no image files ({' '.join(PHOTO_SUFFIXES)}){hint}.")
+            raise ValueError(f"{shown(root)} holds no image files ({' '.join(PHOTO_SUFFIXES)}){hint}.")
 
 
 @contextmanager
@@ -117,7 +136,10 @@ def standard_input() -> Iterator[Path]:
     """Keep the photograph that comes by standard input, as a file for as long as it is needed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / STANDARD_INPUT
-        path.write_bytes(sys.stdin.buffer.read())
+        if sys.stdin is None:
+            raise ValueError("Got - for standard input, which is closed; name an image file, or pass one to it.")
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
         yield path
 
 

@@ -19,6 +19,8 @@ from .formats import class_boxes, coco_file, geojson_file
 from .inference import MAX_BATCH_PIXELS, segment_files
 from .labels import colors_for, find_classes
 from .loading import fastest_device, load_model, model_source, override_protocol
+from .photo_files import allowed_pixels
+from .photo_files import shown as shown_name
 from .photographs import CONFIDENCE_SUFFIXES, Photograph, Processes
 from .visualization import class_shares, confidence_image, draw_confidence, label_image, overlay
 from .windows import Segmentation
@@ -156,27 +158,30 @@ def segment_share(args: argparse.Namespace, kinds: list[str], processes: Process
 
     num_failed = 0
     max_batch_pixels = MAX_BATCH_PIXELS if args.max_batch_pixels is None else args.max_batch_pixels
-    options = (args.scales, args.flip, max_batch_pixels, args.confidence is not None)
+    max_photo_pixels = allowed_pixels(args.max_photo_pixels)
+    options = (args.scales, args.flip, max_batch_pixels, args.confidence is not None, max_photo_pixels)
     files = segment_files(model, image_processor, by_path, finish, *options)
     progress = tqdm(files, total=len(share), disable=len(share) == 1 or processes.rank > 0, unit="photo")
     last = time.monotonic()
     for file in progress:
-        name = by_path[file.path].name
+        name, shown = by_path[file.path].name, by_path[file.path].shown
         # One photograph that cannot be read must not lose the others.
         if file.error is not None:
             num_failed += 1
-            progress.write(f"depict: {name}: {file.error}", file=sys.stderr)
+            progress.write(f"depict: {shown}: {file.error}", file=sys.stderr)
             record: dict[str, Any] = {"file": name, "error": str(file.error)}
         else:
             record = {"file": name, **file.result, "seconds": round(time.monotonic() - last, 3)}
-            if "warning" in record:
-                progress.write(f"depict: {name}: {record['warning']}", file=sys.stderr)
+            if file.note is not None:
+                record["note"] = file.note
+            for text in filter(None, (file.note, record.get("warning"))):
+                progress.write(f"depict: {shown}: {text}", file=sys.stderr)
         last = time.monotonic()
         if args.json:
             progress.write(json.dumps(record))
             sys.stdout.flush()
         elif file.error is None:
-            progress.write(f"{name} -> {', '.join(record['files'])}\n{table(record)}")
+            progress.write(f"{shown} -> {', '.join(map(shown_name, record['files']))}\n{table(record)}")
     if processes.rank == 0:
         print(knowledge(config), file=sys.stderr if args.json else sys.stdout)
     return num_failed

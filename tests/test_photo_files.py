@@ -292,7 +292,7 @@ class TestBoundary:
             server.bind("socket.png")
         expected = {
             tmp_path / "empty.jpg": "it is empty",
-            tmp_path / "folder.png": "it is a folder without image files",
+            tmp_path / "folder.png": "it is a folder in which no image files are found",
             tmp_path / "pipe.png": "it is a pipe, not an image file",
             tmp_path / "socket.png": "it is a socket",
             tmp_path / "loop.png": r"it cannot be opened \(.*symbolic links",

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..image_processing_depict import DepictImageProcessor
 from ..modeling_depict import DepictForSemanticSegmentation
+from ..photo_files import check_resized
+from ..resampling import size_of
 from ..windows import enlarge_to_window, merge_windows, window_corners
 
 # Pixels of the photograph that is made where none is given.
@@ -151,6 +153,8 @@ def agreement(
     """
     resized = photo
     if image_processor.do_resize:
+        size = image_processor.resize_size(*size_of(photo))
+        check_resized(size_of(photo), size, image_processor.max_photo_pixels)
         resized = image_processor.resize(photo, image_processor.size, resample=image_processor.resample)
     height, width = fixed_size or (max(side // multiple, 1) * multiple for side in resized.shape[-2:])
     resized = _cut(resized, (height, width))

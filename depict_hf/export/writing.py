@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..image_processing_depict import DepictImageProcessor
-from ..inference import UNREADABLE, load_photo
+from ..inference import UNREADABLE, load_photo, rgb_photo
 from ..modeling_depict import DepictForSemanticSegmentation
+from ..photo_files import shown
 from .check import TOLERANCES, Agreement, agreement, made_photograph, photograph_tensor, tolerance_for
 from .graph import ExportedGraph, trace
 from .metadata import METADATA_FILE, describe, find_license
@@ -194,11 +195,11 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 
 def _read_photo(photo: str | Path | PIL.Image.Image) -> PIL.Image.Image:
     if isinstance(photo, PIL.Image.Image):
-        return photo
+        return rgb_photo(photo)
     try:
         return load_photo(photo)
     except UNREADABLE as error:
-        raise ValueError(f"The photograph {photo} cannot be read ({error}); give another one.") from error
+        raise ValueError(f"The photograph {shown(photo)} cannot be read: {error}; give another one.") from error
 
 
 def _check_arguments(
