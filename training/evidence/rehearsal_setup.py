@@ -20,14 +20,14 @@ from ..settings import text_of
 from .costs import count_parameters, step_bytes, training_cost
 from .made_data import MADE_SIZES, make_dataset
 
-STEPS, STEPS_UNTIL_RESUMED = 10, 5
+# Resuming falls into the middle of an epoch.
+STEPS, STEPS_UNTIL_RESUMED = 10, 8
 # A step is made of as many images as keep it below this, for ten of them to take minutes on two cores.
 FLOPS_PER_STEP = 2e12
 # Beside what a step keeps: a checkpoint that is read, the loss's bands, Python and its libraries.
 OTHER_BYTES = 3 * 2**30
 # Copies of the weights that are on the disk at once, at most: encoder, two checkpoints with states, models, published.
 DISK_COPIES = 9
-VALIDATION_IMAGES = 2
 
 
 def dataset_of(recipe: Recipe) -> str:
@@ -102,6 +102,11 @@ def check_disk(recipe: Recipe, folder: Path) -> None:
         )
 
 
+def validation_images(recipe: Recipe) -> int:
+    """Return how many images are evaluated: two, or one where even a step of one image is long."""
+    return 2 if recipe.optimization.batch_size > 1 else 1
+
+
 def make_data(recipe: Recipe, dataset: str, folder: Path) -> tuple[Recipe, str, list[str]]:
     """Make data in their official layout for ten steps of a recipe, and have the real reader find them.
 
@@ -111,13 +116,13 @@ def make_data(recipe: Recipe, dataset: str, folder: Path) -> tuple[Recipe, str, 
     Raises:
         RuntimeError: If they were taken for something else.
     """
-    num_train = STEPS // 2 * recipe.optimization.batch_size
-    make_dataset(dataset, folder, num_train, VALIDATION_IMAGES)
+    num_train, num_validation = STEPS // 2 * recipe.optimization.batch_size, validation_images(recipe)
+    make_dataset(dataset, folder, num_train, num_validation)
     layout = load_dataset_splits(folder).layout
     if "in its official layout" not in layout:
         raise RuntimeError(f"The made data were read as {layout!r}, needed {dataset} in its official layout.")
     height, width = MADE_SIZES[dataset]
-    images = f"{num_train} + {VALIDATION_IMAGES} made images of {height} x {width}"
+    images = f"{num_train} + {num_validation} made images of {height} x {width}"
     return _ten_steps(recipe, STEPS // 2), f"{layout}: {images}", [f"{images} instead of the data set"]
 
 
@@ -149,7 +154,7 @@ def take_data(recipe: Recipe, name_or_path: str) -> tuple[Recipe, str, list[str]
         if validation not in splits:
             reduced.append(f"evaluation on the {train} split, as there is no {validation} split")
             validation = train
-        validation = f"{validation}[:{VALIDATION_IMAGES}]"
+        validation = f"{validation}[:{validation_images(recipe)}]"
     reduced.append(f"evaluation on {validation}")
     small = recipe.replace(
         batch_size=batch_size,
@@ -166,7 +171,7 @@ def take_data(recipe: Recipe, name_or_path: str) -> tuple[Recipe, str, list[str]
 
 
 def _ten_steps(recipe: Recipe, steps_per_epoch: int) -> Recipe:
-    """Have the recipe make ten steps, with a checkpoint after half of them, and evaluate after the last one."""
+    """Have the recipe make `STEPS`, with a checkpoint after `STEPS_UNTIL_RESUMED`, and evaluate after the last one."""
     epochs = STEPS // steps_per_epoch
     return recipe.replace(
         epochs=epochs,
@@ -221,10 +226,12 @@ def least_minutes(recipe: Recipe, dataset: str, scales: Sequence[float]) -> floa
     forward = step / 3 / recipe.optimization.batch_size
     single = windows_of(recipe, MADE_SIZES[dataset], 1.0)
     # Both runs, the whole and the resumed one, evaluate all images by two protocols.
-    windows = 4 * VALIDATION_IMAGES * single + 2 * sum(windows_of(recipe, MADE_SIZES[dataset], s) for s in scales)
+    windows = 4 * validation_images(recipe) * single + 2 * sum(
+        windows_of(recipe, MADE_SIZES[dataset], s) for s in scales
+    )
     product, flops = matrix_product(torch.float32)
     seconds = min(interleaved_seconds({"": product}, repetitions=3)[""])
-    return ((STEPS + STEPS_UNTIL_RESUMED) * step + windows * forward) / (flops / seconds) / 60
+    return ((2 * STEPS - STEPS_UNTIL_RESUMED) * step + windows * forward) / (flops / seconds) / 60
 
 
 def windows_of(recipe: Recipe, size: tuple[int, int], scale: float) -> int:
