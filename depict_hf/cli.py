@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from .interruption import Interruption, Terminated, ending_at_once
 from .options import add_convert_arguments, add_explain_arguments, add_export_arguments, add_segment_arguments
 from .photo_files import allowed_pixels, shown
 from .photographs import (
@@ -20,6 +22,8 @@ from .photographs import (
     find_photographs,
     standard_input,
 )
+from .resuming import Outcome, Results, how_to_go_on
+from .writing import check_file, check_folder, whole_folder, write_whole
 
 __all__ = ["PHOTO_SUFFIXES", "main"]
 
@@ -28,20 +32,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 if all went well, 1 if a photograph could not be segmented, 2 if the command could not start; for
-        `TRAINING_COMMANDS` what they return.
+        0 if all went well, 1 if a photograph could not be segmented or the disk is full, 2 if the command could not
+        start, 130 after SIGINT, 143 after SIGTERM; for `TRAINING_COMMANDS` what they return.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names and classes that its encoding does not know
     try:
-        if argv and argv[0] in TRAINING_COMMANDS:
-            return _training_module(argv[0]).main(argv[1:], f"depict {argv[0]}")
-        args = _parser().parse_args(argv)
-        return COMMANDS[args.command].run(args)
+        with ending_at_once():
+            if argv and argv[0] in TRAINING_COMMANDS:
+                return _training_module(argv[0]).main(argv[1:], f"depict {argv[0]}")
+            args = _parser().parse_args(argv)
+            args.arguments = argv
+            return COMMANDS[args.command].run(args)
     except (OSError, ValueError, ImportError) as error:
         print(f"depict: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        print(f"depict: stopped by {number.name} before anything was written; start it again.", file=sys.stderr)
+        return 128 + number
 
 
 class Command(NamedTuple):
@@ -106,10 +116,12 @@ def segment_photos(args: argparse.Namespace) -> int:
     """Label every pixel of photographs, write pictures and label maps, and print the share of each class.
 
     Processes started by `torchrun -m depict_hf segment ...` or `accelerate launch -m depict_hf segment ...` share the
-    photographs; together they write what one process writes.
+    photographs; together they write what one process writes. SIGINT and SIGTERM end the run after the photographs in
+    hand, a second SIGINT at once.
     """
     processes = Processes.launched()
     kinds = list(dict.fromkeys(args.format or ["overlay", "png"]))
+    interruption, outcome = Interruption(), Outcome()
     with ExitStack() as stack:
         if Path("-") in args.photos:
             if processes.count > 1:
@@ -119,23 +131,45 @@ def segment_photos(args: argparse.Namespace) -> int:
         written = [*kinds, *CONFIDENCE_SUFFIXES] if args.confidence else kinds
         photographs = find_photographs(args.photos, args.output, written, args.recursive)
         share = processes.share(photographs)
-        num_failed = 0
-        if share:
+        results = Results(share, written, args.output)
+        left = results.choose(args.resume, args.overwrite)
+        if args.resume:
+            print(f"depict: {_of_photographs(len(share) - len(left), results, processes)} done before", file=sys.stderr)
+        if left:
             from .results import segment_share
 
-            num_failed = segment_share(args, kinds, processes, share)
-    return 1 if processes.total(num_failed) else 0
+            outcome = segment_share(args, results, processes, left, interruption)
+    total = None
+    if not interruption and not outcome.full:
+        with interruption.in_hand():
+            total = processes.total(outcome.num_failed, lambda: bool(interruption))
+    if total is None:
+        reason = f"stopped by {interruption.name}" if interruption else f"stopped: {outcome.full}"
+        failed = f", {outcome.num_failed} failed" if outcome.num_failed else ""
+        done = f"{_of_photographs(results.num_done(), results, processes)} done{failed}"
+        go_on = how_to_go_on(args.arguments) if processes.count == 1 else "the same command and --resume"
+        print(f"depict: {reason}; {done}; go on with: {go_on}", file=sys.stderr)
+        return interruption.status if interruption else 1
+    if processes.rank == 0:
+        Results(photographs, written, args.output).end()
+    return 1 if total else 0
+
+
+def _of_photographs(number: int, results: Results, processes: Processes) -> str:
+    share = "" if processes.count == 1 else f" of process {processes.rank + 1} of {processes.count}"
+    return f"{number} of {len(results.photographs)} photographs{share} {'is' if number == 1 else 'are'}"
 
 
 def convert_published(args: argparse.Namespace) -> int:
     """Convert a checkpoint of the authors of DEPICT or Segmenter and save it, and upload it if asked."""
     from .conversion import convert_with_report
 
-    _check_empty(args.output)
+    check_folder(args.output, args.overwrite)
     conversion = convert_with_report(args.checkpoint, args.variant, args.protocol, args.im_size, args.class_names)
     model, image_processor = conversion.model, conversion.image_processor
-    model.save_pretrained(args.output)
-    image_processor.save_pretrained(args.output)
+    with whole_folder(args.output, replace=args.overwrite) as folder:
+        model.save_pretrained(folder)
+        image_processor.save_pretrained(folder)
     print(f"{args.checkpoint} -> {args.output}: " + "\n  ".join(conversion.report))
     if conversion.warning:
         print(f"depict: {conversion.warning}", file=sys.stderr)
@@ -151,7 +185,7 @@ def export_file(args: argparse.Namespace) -> int:
     from .export import export_model
     from .loading import load_model
 
-    _check_empty(args.output)
+    check_folder(args.output, args.overwrite)
     model, image_processor = load_model(args.model)
     exported = export_model(
         model,
@@ -166,6 +200,7 @@ def export_file(args: argparse.Namespace) -> int:
         preprocess=args.preprocess,
         photo=args.photo,
         license=args.license,
+        overwrite=args.overwrite,
     )
     print(f"{args.model} -> {exported.report()}")
     if exported.metadata["protocol"] == "one window" and args.format == "onnx":
@@ -182,6 +217,7 @@ def explain_photo(args: argparse.Namespace) -> int:
     output = args.output or (None if args.json else Path(f"{args.photo.stem}_explained.html"))
     if output is not None and os.path.realpath(output) == os.path.realpath(args.photo):
         raise ValueError(f"{shown(output)} is the photograph and would be overwritten; change --output.")
+    check_file(output, args.overwrite)
     try:
         photo, note = read_photo(args.photo, allowed_pixels(None))
     except UNREADABLE as error:
@@ -195,15 +231,9 @@ def explain_photo(args: argparse.Namespace) -> int:
     if output is None:
         print(text)
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        write_whole(text, output, "replace" if args.overwrite else "refuse")
         print(f"{shown(args.photo)} -> {shown(output)}")
     return 0
-
-
-def _check_empty(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not an empty folder; choose a new one, so that nothing is overwritten.")
 
 
 COMMANDS = {

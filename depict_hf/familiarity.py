@@ -17,13 +17,14 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers.utils import cached_file
 
 from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import DepictForSemanticSegmentation
 from .vit import LayerRecord
+from .writing import write_whole
 
 FILE_NAME = "familiarity.safetensors"
 GRID_SIZE = 10
@@ -92,7 +93,7 @@ class Familiarity:
 
     def save(self, folder: str | Path) -> None:
         """Write `FILE_NAME` into a model's folder."""
-        save_file({name: getattr(self, name) for name in self.__dataclass_fields__}, Path(folder) / FILE_NAME)
+        write_whole(save({name: getattr(self, name) for name in self.__dataclass_fields__}), Path(folder) / FILE_NAME)
 
 
 def load_familiarity(model: str | Path) -> Familiarity | None:

@@ -1,13 +1,13 @@
 """Trained models made small enough to ship."""
 
 import json
-import tempfile
 from pathlib import Path
 
 import torch
 
 from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import DepictForSemanticSegmentation
+from .writing import whole_folder
 
 
 def save_half_precision(source: str | Path, folder: str | Path) -> None:
@@ -30,18 +30,14 @@ def save_half_precision(source: str | Path, folder: str | Path) -> None:
     too_large = [name for name, value in model.state_dict().items() if value.abs().max() > limit]
     if too_large:
         raise ValueError(f"Weights of {', '.join(too_large[:5])} exceed float16's {limit:g}; keep float32.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Beside what it will replace, so that moving is renaming.
-    with tempfile.TemporaryDirectory(dir=folder) as fresh:
+    with whole_folder(folder) as fresh:
         model.half().save_pretrained(fresh)
         DepictImageProcessor.from_pretrained(source).save_pretrained(fresh)
-        for path in sorted(Path(fresh).iterdir()):
+        for path in fresh.iterdir():
             if path.suffix == ".py":
-                continue
-            if path.suffix == ".json":
+                path.unlink()
+            elif path.suffix == ".json":
                 _make_portable(path)
-            path.replace(folder / path.name)
 
 
 def _make_portable(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Photographs to label maps: the published single- and multi-scale protocol, with bounded memory."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -211,16 +211,18 @@ def segment_files(
     max_batch_pixels: int = MAX_BATCH_PIXELS,
     return_confidence: bool = False,
     max_photo_pixels: int | None = None,
-) -> Iterator[SegmentedFile]:
+    stopped: Callable[[], bool] = lambda: False,
+) -> Generator[SegmentedFile, None, None]:
     """Segment image files while the next ones are read and decoded, and the last ones are written, by other threads.
 
     Args:
         finish: Called in another thread, one file at a time and in order, with path, upright photograph and what
             `segment` returns for it; draws and writes whatever is wanted.
+        stopped: Asked before each photograph whether it and all later ones are to be left out.
 
     Yields:
-        One result per path, in order. Files that cannot be read, or for which there is not enough memory, do not end
-        the run; whatever else `finish` raises does.
+        One result per path, in order, up to where it was stopped. Files that cannot be read, or for which there is not
+        enough memory, do not end the run; whatever else `finish` raises does.
     """
     if max_photo_pixels is None:
         max_photo_pixels = image_processor.max_photo_pixels
@@ -232,6 +234,8 @@ def segment_files(
 
         def photos() -> Iterator[PIL.Image.Image]:
             for file in _read_ahead(reader, read, paths, ahead):
+                if stopped():
+                    return
                 in_model.append(file)
                 if not isinstance(file.photo, Exception):
                     yield file.photo

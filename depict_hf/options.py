@@ -45,6 +45,12 @@ def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     )
     results.add_argument("--alpha", type=float, default=0.5, help="weight of the colours in the overlay (%(default)s)")
 
+    earlier = results.add_mutually_exclusive_group()
+    earlier.add_argument(
+        "--resume", action="store_true", help="leave out photographs whose results are all there, and go on"
+    )
+    earlier.add_argument("--overwrite", action="store_true", help="replace results that are there")
+
     protocol = parser.add_argument_group("protocol", "How photographs are read: as the model's files say, unless told.")
     protocol.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes relative to the model's own")
     protocol.add_argument("--flip", action="store_true", help="average with the mirror image")
@@ -79,6 +85,7 @@ def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint.pth, or the folder with it")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder for the model; new or empty")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model or export in OUT")
     parser.add_argument("--variant", type=Path, help="variant.yml; default: the one beside the checkpoint")
     parser.add_argument(
         "--protocol",
@@ -98,6 +105,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder, Hub name or 'default'")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder for the file; new or empty")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model or export in OUT")
     parser.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="%(default)s by default")
     parser.add_argument(
         "--size",
@@ -137,6 +145,7 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="default: PHOTO_explained.html; with --json, standard output"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
 
 def _positive(text: str) -> int:

@@ -4,10 +4,13 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 
 from .photo_files import PHOTO_SUFFIXES, shown
 
@@ -168,20 +171,35 @@ class Processes:
         """Return every `count`-th photograph, starting with this process's own."""
         return photographs[self.rank :: self.count]
 
-    def total(self, number: int) -> int:
+    def total(self, number: int, stopped: Callable[[], bool] = lambda: False) -> int | None:
         """Return the sum of the numbers of all processes, once all have come here.
 
         A launcher that sees a process end with an error ends the others; so they wait for each other, as long as it
         takes.
+
+        Args:
+            stopped: Asked again and again while others are waited for; None is returned when it says so.
         """
         if self.count == 1:
             return number
-        from datetime import timedelta
+        total: Future = Future()
+        # PyTorch waits where no signal would be handled.
+        Thread(target=_add_up, args=(number, total), daemon=True).start()
+        while not wait([total], timeout=0.1).done:
+            if stopped():
+                return None
+        return total.result()
 
-        import torch
 
+def _add_up(number: int, total: Future) -> None:
+    import torch
+
+    try:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
         numbers = torch.tensor(number)
         torch.distributed.all_reduce(numbers)
         torch.distributed.destroy_process_group()
-        return int(numbers)
+    except RuntimeError as error:
+        total.set_exception(OSError(f"another process ended before it had come to its end ({error})."))
+    else:
+        total.set_result(int(numbers))

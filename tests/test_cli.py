@@ -327,7 +327,7 @@ def test_sub_folders_are_mirrored(model_folder, tmp_path):
     assert main(arguments) == 0
     assert [str(each.relative_to(output)) for each in output.rglob("*.png")] == ["a_labels.png"]
     for _ in range(2):
-        assert main([*arguments, "--recursive"]) == 0
+        assert main([*arguments, "--recursive", "--overwrite"]) == 0
         assert {str(each.relative_to(output)) for each in output.rglob("*.png")} == {
             "a_labels.png",
             "day/b_labels.png",
@@ -379,7 +379,7 @@ def test_dtype_is_the_processors_own_unless_told(model_folder, tmp_path, capsys)
     """Fails if --dtype auto is not the default, or does not say what it took."""
     photo, native = save_photo(tmp_path / "photo.png"), str(native_dtype()).removeprefix("torch.")
     for options, dtype in (([], native), (["--dtype", "float32"], "float32")):
-        arguments = ["--model", str(model_folder), "--output", str(tmp_path / "out"), "--device", "cpu", *options]
+        arguments = ["--model", str(model_folder), "--output", str(tmp_path / dtype), "--device", "cpu", *options]
         assert main(["segment", str(photo), *arguments]) == 0
         assert f"depict: computes in {dtype} on cpu" in capsys.readouterr().err
 

@@ -1,11 +1,9 @@
 """Writing a model as one file, and keeping it only where it agrees with the model."""
 
 import copy
+import io
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ from ..image_processing_depict import DepictImageProcessor
 from ..inference import UNREADABLE, load_photo, rgb_photo
 from ..modeling_depict import DepictForSemanticSegmentation
 from ..photo_files import shown
+from ..writing import is_full, whole_folder
 from .check import TOLERANCES, Agreement, agreement, made_photograph, photograph_tensor, tolerance_for
 from .graph import ExportedGraph, trace
 from .metadata import METADATA_FILE, describe, find_license
@@ -81,6 +80,7 @@ def export_model(
     preprocess: bool = False,
     photo: str | Path | PIL.Image.Image | None = None,
     license: str | None = None,
+    overwrite: bool = False,
 ) -> ExportedFile:
     """Write a model as one file that computes `ExportedGraph`, with its settings in it and beside it.
 
@@ -111,8 +111,11 @@ def export_model(
             `(batch, height, width, channels)` uint8; where the size is free, resizing as well.
         photo: Photograph to compare on; by default one that is made.
         license: Licence of the weights; by default what the model's configuration or card says, else "unknown".
+        overwrite: Whether the export takes the place of all that `folder` holds; else only files with the same names
+            are replaced.
 
     Raises:
+        UnwritableError: If the folder cannot be written to.
         ValueError: If an argument has no meaning here, `photo` cannot be read, or the exporter cannot export this model
             truthfully.
         ImportError: If the packages of the extra `onnx` are missing.
@@ -144,14 +147,17 @@ def export_model(
     metadata["opset"] = OPSET if file_format == "onnx" else None
 
     folder = Path(folder)
-    with _unfinished(folder) as unfinished:
+    with whole_folder(folder, replace=overwrite) as unfinished:
         path = unfinished / FILE_NAMES[file_format]
         try:
             program = trace(graph, channels, size)
             if file_format == "onnx":
                 write_onnx(program, graph, path, size is None, metadata, int8)
             else:
-                torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata)})
+                # Not to the file: where the disk is full, PyTorch would end the process.
+                saved = io.BytesIO()
+                torch.export.save(program, saved, extra_files={METADATA_FILE: json.dumps(metadata)})
+                path.write_bytes(saved.getbuffer())
             found = agreement(
                 _runner(path, graph.output_names),
                 model,
@@ -169,28 +175,13 @@ def export_model(
                 raise ValueError(f"on {found.photograph}, the file differs from the model: {found}")
         # Exporters raise errors of many kinds, mostly where a backbone's input size is left free.
         except Exception as error:
+            if is_full(error):
+                raise
             raise ValueError(_refusal(error, size, precision)) from error
         metadata["agreement"] = _as_json(found)
         path.with_suffix(".json").write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
         _save_settings(model, settings, unfinished, windows, preprocess, resize)
-        # What makes the folder an export comes last.
-        for file in sorted(unfinished.iterdir(), key=lambda file: file == path):
-            os.replace(file, folder / file.name)
     return ExportedFile(folder / path.name, size, graph.output_names)
-
-
-@contextmanager
-def _unfinished(folder: Path) -> Iterator[Path]:
-    """Keep a place for files that may fail, inside the folder and so in its file system; no trace where they do."""
-    created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as place:
-            yield Path(place)
-    except BaseException:
-        if created:
-            folder.rmdir()
-        raise
 
 
 def _read_photo(photo: str | Path | PIL.Image.Image) -> PIL.Image.Image:
