@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as error:
         number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-        print(f"depict: stopped by {number.name} before anything was written; start it again.", file=sys.stderr)
+        print(f"depict: stopped by {number.name}; nothing is left half-written; start it again.", file=sys.stderr)
         return 128 + number
 
 
@@ -134,7 +134,9 @@ def segment_photos(args: argparse.Namespace) -> int:
         results = Results(share, written, args.output)
         left = results.choose(args.resume, args.overwrite)
         if args.resume:
-            print(f"depict: {_of_photographs(len(share) - len(left), results, processes)} done before", file=sys.stderr)
+            print(
+                f"depict: done before: {_of_photographs(len(share) - len(left), results, processes)}", file=sys.stderr
+            )
         if left:
             from .results import segment_share
 
@@ -146,7 +148,7 @@ def segment_photos(args: argparse.Namespace) -> int:
     if total is None:
         reason = f"stopped by {interruption.name}" if interruption else f"stopped: {outcome.full}"
         failed = f", {outcome.num_failed} failed" if outcome.num_failed else ""
-        done = f"{_of_photographs(results.num_done(), results, processes)} done{failed}"
+        done = f"done: {_of_photographs(results.num_done(), results, processes)}{failed}"
         go_on = how_to_go_on(args.arguments) if processes.count == 1 else "the same command and --resume"
         print(f"depict: {reason}; {done}; go on with: {go_on}", file=sys.stderr)
         return interruption.status if interruption else 1
@@ -157,7 +159,7 @@ def segment_photos(args: argparse.Namespace) -> int:
 
 def _of_photographs(number: int, results: Results, processes: Processes) -> str:
     share = "" if processes.count == 1 else f" of process {processes.rank + 1} of {processes.count}"
-    return f"{number} of {len(results.photographs)} photographs{share} {'is' if number == 1 else 'are'}"
+    return f"{number} of {len(results.photographs)} photographs{share}"
 
 
 def convert_published(args: argparse.Namespace) -> int:
