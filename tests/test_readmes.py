@@ -15,6 +15,7 @@ import PIL.Image
 import pytest
 from conftest import save_backbone, save_scenes
 
+from depict_hf import loading
 from depict_hf.cli import main as depict
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +65,8 @@ def blocks() -> list:
     for page in PAGES:
         name = page.relative_to(ROOT)
         for index, (language, text) in enumerate(BLOCKS.findall(page.read_text(encoding="utf-8"))):
-            found.append(pytest.param(language, text, index == 0, id=f"{name.parent.name or 'README'}-{index}-{language}"))
+            number = f"{name.parent.name or 'README'}-{index}-{language}"
+            found.append(pytest.param(language, text, index == 0, id=number))
     return found
 
 
@@ -77,6 +79,7 @@ def reader(tmp_path_factory) -> Path:
     save_scenes(folder / "DATASET", 32, 48, {"train": 5, "validation": 3, "test": 2})
     save_backbone(folder / "facebook" / "dinov2-small")
     shutil.copytree(ROOT / "tests" / "data" / "published" / "ca_vit", folder / "CHECKPOINT")
+    shutil.copytree(loading.DEFAULT_MODEL, folder / "default")
     rng = np.random.default_rng(0)
     for kind in ("images", "masks"):
         (folder / "DATA" / kind).mkdir(parents=True)
@@ -97,6 +100,7 @@ def reader(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("language", "text", "first"), blocks())
 def test_block_runs(language, text, first, reader, datasets_cache, monkeypatch):
     monkeypatch.chdir(reader)
+    monkeypatch.setattr(loading, "DEFAULT_MODEL", reader / "default")  # which `depict calibrate` writes to
     if first:  # Whoever reads one page has no results of another.
         shutil.rmtree("segmented", ignore_errors=True)
     if language == "python":
