@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the recipe")
     argv = sys.argv[1:] if argv is None else argv
-    if "--rehearse" in argv and not {"-h", "--help"} & set(argv):
+    if "--rehearse" in argv:
         from .rehearse import rehearse_one  # which runs this command
 
         return rehearse_one(argv)

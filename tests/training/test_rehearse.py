@@ -288,3 +288,9 @@ def test_a_stage_that_fails_says_where_and_shows_the_log(tmp_path):
         raise ValueError("no memory")
     assert [each["stage"] for each in under_way.stages] == ["reading"] and "three images" in said[0]
     assert (tmp_path / "rehearsal.log").read_text() == "== reading\nseen\n== training\nstep 3\n"
+
+
+def test_help_of_a_rehearsal_is_its_own(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--rehearse", "--help"])
+    assert stopped.value.code == 0 and "made data if none" in capsys.readouterr().out
