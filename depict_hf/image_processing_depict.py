@@ -1,5 +1,6 @@
 """Images to tensors, segmentation maps to labels, logits to label maps."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 from .configuration_depict import IGNORE_LABEL
-from .photo_files import MAX_PHOTO_PIXELS, check_resized, decoding, grey_or_colored
+from .photo_files import MAX_PHOTO_PIXELS, check_resized, decoding, grey_or_colored, read_image
 from .resampling import resize_bilinear, size_of
 from .windows import CoarseScores, label_map
 
@@ -72,6 +73,21 @@ class DepictImageProcessor(TorchvisionBackend):
     do_convert_rgb = True
     do_reduce_labels = False
     max_photo_pixels = MAX_PHOTO_PIXELS
+
+    def fetch_images(self, image_url_or_urls):
+        """Read what is given as text, as the base class does: the names of files here, by `photo_files.read_image`.
+
+        Raises:
+            UnreadableImageError: If no picture can be read from a file, an address or encoded text.
+        """
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(each) for each in image_url_or_urls]
+        if not isinstance(image_url_or_urls, str):
+            return super().fetch_images(image_url_or_urls)
+        if os.path.lexists(image_url_or_urls):
+            return read_image(image_url_or_urls)[0]
+        with decoding():
+            return super().fetch_images(image_url_or_urls)
 
     def preprocess(
         self,

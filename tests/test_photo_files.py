@@ -270,6 +270,18 @@ class TestBoundary:
             with pytest.raises(UnreadableImageError, match="cut off"):
                 use(PIL.Image.open(io.BytesIO(cut)))
 
+    def test_names_given_to_the_image_processor(self, tmp_path):
+        """Decoded by transformers' means otherwise, which raise RuntimeError and know fewer formats."""
+        image_processor = DepictImageProcessor(do_resize=False)
+        for name in ("photo.png", "photo.tif"):
+            PHOTO.save(tmp_path / name)
+            [expected], [given] = (image_processor(each)["pixel_values"] for each in (PHOTO, str(tmp_path / name)))
+            assert np.array_equal(given, expected)
+        (tmp_path / "photo.png").write_bytes(encode(PHOTO, "PNG")[:2000])
+        for path in ("photo.png", "missing.png"):
+            with pytest.raises(UnreadableImageError):
+                image_processor([str(tmp_path / path)])
+
     def test_too_many_pixels_are_refused_by_the_header(self):
         """The pixels themselves are missing, so that decoding would say something else."""
         header = encode(PIL.Image.new("L", (9000, 9000)), "PNG")[:60]
