@@ -1,12 +1,17 @@
 """Every architectural choice of DEPICT and of its black-box counterpart, Segmenter, in one configuration."""
 
-import math
+import inspect
+from functools import wraps
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+from .ranges import MOST_LAYERS, MOST_SIZE, check_nested, check_number, check_whole
 
 # The label of pixels without a class, in label maps and in the loss.
 IGNORE_LABEL = 255
@@ -31,6 +36,32 @@ ENCODER_PRESETS = {
 }
 
 
+# No pixel is in more windows than about the square of this: their logits are kept until all are there.
+MOST_OVERLAP = 8
+
+# Settings by which transformers would take settings or code from elsewhere, in files that are not to be trusted.
+_ELSEWHERE = ("configuration_files", "attn_implementation", "experts_implementation", "fusion_config", "kernel_config")
+
+
+def _plain_errors(cls):
+    """Have a strict dataclass raise ValueError, in one line, where a value is of the wrong type."""
+
+    def plain(method):
+        @wraps(method)
+        def call(self, *args, **kwargs):
+            try:
+                method(self, *args, **kwargs)
+            except StrictDataclassError as error:
+                raise ValueError(" ".join(str(error).split())) from error
+
+        return call
+
+    cls.__init__ = plain(cls.__init__)
+    cls.__setattr__ = plain(cls.__setattr__)
+    return cls
+
+
+@_plain_errors
 @strict
 class DepictConfig(PreTrainedConfig):
     """Configuration of [`DepictForSemanticSegmentation`].
@@ -120,18 +151,44 @@ class DepictConfig(PreTrainedConfig):
     temperature: float | int = 1.0
 
     def __post_init__(self, **kwargs):
-        if isinstance(self.backbone_config, dict) and "model_type" not in self.backbone_config:
-            raise ValueError(
-                "`backbone_config` is a dict without `model_type`, which names the backbone's architecture; add it, "
-                'for example {"model_type": "dinov2", ...}, or pass a configuration object.'
-            )
+        self._check_names(kwargs)
+        if isinstance(self.backbone_config, dict):
+            self.backbone_config = _backbone_config(self.backbone_config)
         super().__post_init__(**kwargs)
         if self.backbone_config is None:
             self._check_encoder()
         self._check_decoder()
         self._check_windows()
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be positive and finite; 1 changes nothing.")
+        self._check_labels()
+        check_number("initializer_range", self.initializer_range, 0, 100)
+        check_whole("semantic_loss_ignore_index", self.semantic_loss_ignore_index, -(2**31), 2**31 - 1)
+        if not 1e-6 <= self.temperature <= 1e6:
+            raise ValueError(
+                f"temperature={self.temperature} must be positive and finite, from 1e-06 to 1e+06; 1 changes nothing."
+            )
+
+    @classmethod
+    def _get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Read a `config.json`; refuse what would take settings or code from elsewhere."""
+        try:
+            settings, kwargs = super()._get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ValueError):
+            raise
+        # Of JSON that is too deep, or no object, transformers raises errors of many kinds.
+        except Exception as error:
+            raise ValueError(
+                f"config.json of {pretrained_model_name_or_path} is no JSON object of settings ({error}); copy or "
+                "download it again."
+            ) from error
+        if not isinstance(settings, dict):
+            return settings, kwargs
+        found = [name for name in _ELSEWHERE if settings.get(name) is not None]
+        if found:
+            raise ValueError(
+                f"config.json of {pretrained_model_name_or_path} has {', '.join(found)}, which may take code or "
+                "settings from elsewhere; remove it from the file, and pass it as an argument if you want it."
+            )
+        return settings, kwargs
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "DepictConfig":
@@ -189,21 +246,17 @@ class DepictConfig(PreTrainedConfig):
         return height // self.patch_size, width // self.patch_size
 
     def _check_encoder(self) -> None:
-        for name in (
-            "patch_size",
-            "num_channels",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-        ):
+        for name in ("patch_size", "num_channels", "hidden_size", "num_attention_heads", "intermediate_size"):
             self._check_positive(name)
+        self._check_positive("num_hidden_layers", MOST_LAYERS)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             self._check_probability(name)
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"Unknown hidden_act={self.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
-        if self.layer_norm_eps <= 0:
-            raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be positive; the published models use 1e-5.")
+        if not 0 < self.layer_norm_eps <= 1:
+            raise ValueError(
+                f"layer_norm_eps={self.layer_norm_eps} must be positive and at most 1; the published models use 1e-5."
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
@@ -211,6 +264,8 @@ class DepictConfig(PreTrainedConfig):
             )
         if not isinstance(self.image_size, int) and len(self.image_size) != 2:
             raise ValueError(f"image_size={self.image_size} must be one number of pixels or (height, width).")
+        for side in (self.image_size,) if isinstance(self.image_size, int) else self.image_size:
+            check_whole("image_size", side)
         if min(self.grid_size) < 1:
             raise ValueError(
                 f"image_size={self.image_size} does not hold one patch of patch_size={self.patch_size}; "
@@ -225,13 +280,9 @@ class DepictConfig(PreTrainedConfig):
                 f"num_labels={self.num_labels}, but decoder_type={self.decoder_type!r} normalises over the classes and "
                 "needs at least 2; add a class for the background."
             )
-        for name in (
-            "decoder_num_layers",
-            "decoder_num_heads",
-            "decoder_head_dim",
-            "decoder_cross_num_layers",
-            "decoder_cross_head_dim",
-        ):
+        for name in ("decoder_num_layers", "decoder_cross_num_layers"):
+            self._check_positive(name, MOST_LAYERS)
+        for name in ("decoder_num_heads", "decoder_head_dim", "decoder_cross_head_dim"):
             self._check_positive(name)
         for name in ("decoder_hidden_size", "decoder_intermediate_size"):
             if getattr(self, name) is not None:
@@ -251,21 +302,82 @@ class DepictConfig(PreTrainedConfig):
                 raise ValueError(f"window_stride={self.window_stride} needs a window_size; set both or neither.")
             return
         self._check_positive("window_size")
+        patch_size = self.patch_size if self.backbone_config is None else getattr(self.backbone_config, "patch_size", 1)
+        if isinstance(patch_size, int) and self.window_size < patch_size:
+            raise ValueError(
+                f"window_size={self.window_size} does not hold one patch of {patch_size} pixels; enlarge the window."
+            )
         if self.window_stride is not None:
             self._check_positive("window_stride")
+            if self.window_stride * MOST_OVERLAP < self.window_size:
+                raise ValueError(
+                    f"window_stride={self.window_stride} is less than an eighth of window_size={self.window_size}, so "
+                    "that pixels would be in more than 64 windows; raise the stride."
+                )
             if self.window_stride > self.window_size:
                 raise ValueError(
                     f"window_stride={self.window_stride} is larger than window_size={self.window_size} and would skip "
                     "pixels; lower the stride or enlarge the window."
                 )
 
-    def _check_positive(self, name: str) -> None:
-        if getattr(self, name) < 1:
-            raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+    def _check_labels(self) -> None:
+        """Refuse ids with gaps, too many classes, and names whose ids the two tables do not agree on."""
+        names: dict[Any, Any] = self.id2label or {}
+        check_whole("num_labels", len(names))
+        if set(names) != set(range(len(names))):
+            raise ValueError(f"id2label has the ids {sorted(names)[:10]} ...; number classes from 0 without a gap.")
+        ids: dict[Any, Any] = self.label2id or {}
+        for name, index in ids.items():
+            if not str(index).isdecimal() or int(index) >= len(names):
+                raise ValueError(f"label2id gives {name!r} the id {index!r}, but id2label has 0 to {len(names) - 1}.")
+        if len(set(names.values())) == len(names):
+            for index, name in names.items():
+                if int(ids.get(name, index)) != index:
+                    raise ValueError(f"id2label says {index} is {name!r}, but label2id {ids[name]}; correct one.")
+
+    def _check_names(self, further: dict[str, Any]) -> None:
+        """Refuse what would take the place of methods, cannot be what it says, or is too much to look at."""
+        for name in further:
+            found = inspect.getattr_static(type(self), name, None)
+            settable = found is None or (isinstance(found, property) and found.fset is not None)
+            if not settable and name != "model_type":
+                raise ValueError(f"{name!r} is no setting, but belongs to the class DepictConfig; remove it.")
+        check_nested("settings", {name: value for name, value in further.items() if name != "name_or_path"})
+        if further.get("num_labels") is not None:
+            check_whole("num_labels", further["num_labels"])
+        for dtype in (self.dtype, further.get("torch_dtype")):
+            if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise ValueError(f"Unknown dtype={dtype!r}; choose float32, bfloat16 or float16.")
+
+    def _check_positive(self, name: str, most: int = MOST_SIZE) -> None:
+        check_whole(name, getattr(self, name), 1, most)
 
     def _check_probability(self, name: str) -> None:
         if not 0 <= getattr(self, name) < 1:
             raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+
+
+def _backbone_config(settings: dict[str, Any]) -> PreTrainedConfig:
+    """Make a backbone's configuration of what stands in a file; ValueError where that cannot be one."""
+    model_type = settings.get("model_type")
+    if model_type is None:
+        raise ValueError(
+            "`backbone_config` is a dict without `model_type`, which names the backbone's architecture; add it, "
+            'for example {"model_type": "dinov2", ...}, or pass a configuration object.'
+        )
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or "timm" in model_type:
+        raise ValueError(
+            f"`backbone_config` has model_type={model_type!r}, which transformers has no backbone of itself for; "
+            'choose one that it has, such as "dinov2".'
+        )
+    check_nested("backbone_config", settings)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(settings))
+    # Every architecture has checks, and errors, of its own.
+    except Exception as error:
+        raise ValueError(
+            f"`backbone_config` is no configuration of {model_type!r}: {' '.join(str(error).split())}."
+        ) from error
 
 
 def published_decoder_fields(decoder_type: str | None, hidden_size: int) -> dict[str, int | float]:

@@ -4,17 +4,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers.image_utils import SizeDict
 
 from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import DepictForSemanticSegmentation, SegmentationModel
+from .weight_files import one_line, verify
 
 if TYPE_CHECKING:
     from .onnx_backend import OnnxModel
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
+# Checksum of its weights, as of `weight_files.verify`; they were written before files carried their own.
+DEFAULT_CHECKSUM = "fcb0d77bd6af778193714d3e8762bdf0fd4448cc9a6758852342109109c3edd3"
 BACKENDS = ("pytorch", "onnxruntime")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = ("auto", *DTYPES)
@@ -109,31 +110,48 @@ def load_model(
         ImportError: If ONNX Runtime is missing.
     """
     name = model_source(name)
-    if backend == "onnxruntime":
-        from .onnx_backend import load_onnx
-
-        if dtype not in ("auto", "float32"):
-            raise ValueError(f"Got dtype {dtype} with ONNX Runtime, which computes as the file was written; omit it.")
-        return load_onnx(name, str(device)), DepictImageProcessor.from_pretrained(name)
     if dtype not in DTYPE_NAMES:
         raise ValueError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPE_NAMES)}.")
-    # Missing files, wrong settings, damaged weights, weights of other shapes or no such device (AssertionError where
-    # torch was built without it).
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    if backend == "onnxruntime" and dtype not in ("auto", "float32"):
+        raise ValueError(f"Got dtype {dtype} with ONNX Runtime, which computes as the file was written; omit it.")
+    # Missing files, wrong settings, damaged weights, no such device: of these, the libraries that read them raise
+    # errors of many kinds.
     try:
+        if backend == "onnxruntime":
+            from .onnx_backend import load_onnx
+
+            return load_onnx(name, str(device)), DepictImageProcessor.from_pretrained(name)
+        _check_own(name)
         model: DepictForSemanticSegmentation
         model, loading = DepictForSemanticSegmentation.from_pretrained(
             name, dtype=native_dtype(device) if dtype == "auto" else DTYPES[dtype], output_loading_info=True
         )
         image_processor = DepictImageProcessor.from_pretrained(name)
         model = model.eval().to(device)
-    except (OSError, ValueError, StrictDataclassError, SafetensorError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot load the model {name} to {device}: {error}") from error
+    except Exception as error:
+        if isinstance(error, ImportError) or (backend == "onnxruntime" and isinstance(error, FileNotFoundError)):
+            raise
+        raise ValueError(f"cannot load the model {name} to {device}: {one_line(error)}") from error
     # transformers only logs these, and fills missing weights with random numbers.
     for kind in ("missing_keys", "unexpected_keys"):
         if loading[kind]:
             keys = ", ".join(sorted(loading[kind])[:3])
             raise ValueError(f"{name} does not hold the weights its config.json describes; {kind}: {keys}, ...")
     return model, image_processor
+
+
+def _check_own(name: str | Path) -> None:
+    """Refuse a folder whose weights would come from elsewhere, and the package's own model where it is damaged."""
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            "adapter_config.json in it names another model that its weights belong to; merge them by PEFT's "
+            "merge_and_unload, and save the result"
+        )
+    if folder == DEFAULT_MODEL:
+        verify(folder / "model.safetensors", DEFAULT_CHECKSUM)
 
 
 def native_dtype(device: torch.device | str = "cpu") -> torch.dtype:

@@ -10,11 +10,11 @@ from torch.autograd.function import once_differentiable
 from transformers import AutoBackbone
 from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from .configuration_depict import DepictConfig
 from .decoders import DECODERS, ContractBroadcastAttention, MaskTransformerDecoder, SubspaceAttention
+from .pretrained_depict import CheckedPreTrainedModel
 from .resampling import product_dtype, resize_bilinear, size_of, upsampling_bands, without_autocast
 from .vit import LayerRecord, ViTEmbeddings, ViTEncoder
 from .windows import cut_windows, enlarge_to_window, merge_windows, pad_to_multiple, window_corners
@@ -83,9 +83,10 @@ class BackboneEncoder(nn.Module):
 
     def __init__(self, config: DepictConfig):
         super().__init__()
-        self.backbone = AutoBackbone.from_config(config.backbone_config)
-        self.hidden_size = self.backbone.channels[-1]
         self.patch_size = config.encoder_patch_size
+        # Code that travels with a backbone is not run, nor is anybody asked whether it may be.
+        self.backbone = AutoBackbone.from_config(config.backbone_config, trust_remote_code=False)
+        self.hidden_size = self.backbone.channels[-1]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -123,7 +124,7 @@ class BackboneEncoder(nn.Module):
         return feature_map.flatten(2).transpose(1, 2), grid_size
 
 
-class DepictPreTrainedModel(PreTrainedModel):
+class DepictPreTrainedModel(CheckedPreTrainedModel):
     """Weight initialisation and capabilities."""
 
     config: DepictConfig
