@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from depict_hf.configuration_depict import DECODER_TYPES, ENCODER_PRESETS
+from depict_hf.writing import check_file
 
 from .evaluation import environment, flush_every_line, write_json
 from .evidence import EXPONENT_SIZES, cost_table, measure_exponents, render_exponents
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     device = torch.device(args.device)
     record: dict = {
-        "arguments": vars(args) | {"output": None},
+        "arguments": {name: value for name, value in vars(args).items() if name != "overwrite"} | {"output": None},
         "environment": environment() | {"machine": machine(device)},
     }
     if args.recipes:
@@ -53,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             record["tasks"].append(run_task(task, args.repetitions, args.seconds, device))
             print(render(record["tasks"][-1]))
     if args.output is not None:
-        write_json(record, args.output)
+        try:
+            write_json(record, args.output)
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     return 0
 
 
@@ -77,7 +82,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decoder-only", action="store_true", help="with --exponent: leave the whole model out")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="JSON file for all measurements")
+    parser.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     args = parser.parse_args(argv)
+    try:
+        check_file(args.output, args.overwrite)
+    except ValueError as error:
+        parser.error(f"--output: {error}")
     if args.sizes is None:
         args.sizes = list(EXPONENT_SIZES if args.exponent else GRID_SIZES if args.grid else (512,))
     args.batches = args.batches or list(GRID_BATCHES if args.grid else (1,))

@@ -18,6 +18,7 @@ from .evaluation import (
     PixelSample,
     add_data_arguments,
     check_diagram,
+    check_outputs,
     class_names,
     describe_calibration,
     draw_reliability,
@@ -81,6 +82,7 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict:
     """
     source = check_source(arguments.model, arguments.backend)
     check_diagram(arguments.diagram)
+    check_outputs(arguments, state, arguments.diagram)
     protocol, execution = settings(arguments, state)
     model, image_processor = load_with_overrides(arguments, source, state)
     samples = load_samples(arguments, class_names(model.config), bool(image_processor.do_reduce_labels), state)

@@ -24,6 +24,7 @@ from .evaluation import (
     WorstImages,
     add_data_arguments,
     check_diagram,
+    check_outputs,
     check_sheet,
     class_names,
     compare_metrics,
@@ -134,15 +135,17 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict:
     sheet = check_sheet(arguments.contact_sheet)
     diagram = arguments.calibration if arguments.calibration != Path() else None
     check_diagram(diagram)
+    sheets = {each: _sheet_path(sheet, each) for each in (None, *corruptions)} if sheet else {}
     if arguments.metric == "evaluate" and state.num_processes > 1:
         raise ValueError("--metric evaluate keeps every label map in one process; run it without a launcher.")
+    check_outputs(arguments, state, diagram, *sheets.values())
     model, image_processor = load_with_overrides(arguments, arguments.model, state)
     names = class_names(model.config)
     samples = load_samples(arguments, names, bool(image_processor.do_reduce_labels), state)
     metric = None
     if arguments.metric == "evaluate":
         metric = EvaluateMeanIoU(samples.num_labels, IGNORE_LABEL, arguments.metric_script)
-    worst = {each: WorstImages(arguments.worst) for each in (None, *corruptions) if sheet}
+    worst = {each: WorstImages(arguments.worst) for each in sheets}
 
     def observers(corruption: Corruption | None) -> list[Observer]:
         observed: list[Observer] = [worst[corruption].add] if worst else []
@@ -165,13 +168,16 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict:
     if diagram and state.is_main_process:
         titles = {f"temperature {record[name]['temperature']:g}": record[name] for name in reversed(calibrations)}
         draw_reliability(titles, diagram)
-    if sheet:
-        for corruption, images in worst.items():
-            suffix = "" if corruption is None else f"-{corruption.name}-{corruption.severity}"
-            save_sheet(images, samples, model.config.id2label, state, sheet.with_stem(sheet.stem + suffix))
+    for corruption, images in worst.items():
+        save_sheet(images, samples, model.config.id2label, state, sheets[corruption])
     if metric:
         record["cross_check"] = compare_metrics(record, metric.compute(), arguments.metric_script)
     return record
+
+
+def _sheet_path(sheet: Path, corruption: Corruption | None) -> Path:
+    suffix = "" if corruption is None else f"-{corruption.name}-{corruption.severity}"
+    return sheet.with_stem(sheet.stem + suffix)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .evaluation import Execution, describe, environment, flush_every_line, render_table, start_processes, write_json
+from .evaluation import (
+    Execution,
+    check_outputs,
+    describe,
+    environment,
+    flush_every_line,
+    render_table,
+    start_processes,
+    write_json,
+)
 from .evidence.paper import PAPER_ROWS, TOLERANCE_POINTS, describe_reproduction, reproduce
 
 EXIT_CODES = {"reproduced": 0, "not reproduced": 3, "not comparable": 4, "no figure": 4}
@@ -41,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="images at a time (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the record")
+    parser.add_argument("--overwrite", action="store_true", help="replace the record if it exists")
     arguments = parser.parse_args(argv)
     for name, least in (("batch_size", 1), ("workers", 0)):
         if getattr(arguments, name) < least:
@@ -49,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started_in = environment()
     try:
         state = start_processes()
+        check_outputs(arguments, state)
         record = reproduce(
             arguments.checkpoint,
             arguments.dataset,
@@ -62,15 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.im_size,
             PAPER_ROWS,
         )
+        if state.is_main_process:
+            print(render_table(record["evaluation"]))
+            print(describe(record["evaluation"]))
+            print(describe_reproduction(record))
+            if arguments.output:
+                write_json(record | {"environment": started_in}, arguments.output)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if state.is_main_process:
-        print(render_table(record["evaluation"]))
-        print(describe(record["evaluation"]))
-        print(describe_reproduction(record))
-        if arguments.output:
-            write_json(record | {"environment": started_in}, arguments.output)
     state.destroy_process_group()
     return EXIT_CODES[record["verdict"]]
 

@@ -24,6 +24,7 @@ from .evaluation import (
     SEVERITIES,
     Corruption,
     add_data_arguments,
+    check_outputs,
     environment,
     parse_corruptions,
     start_processes,
@@ -92,19 +93,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         state = start_processes()
         corruptions = parse_corruptions(arguments.corruptions, arguments.severities)
+        check_outputs(arguments, state)
         if alone:
             record = compare_models(arguments, corruptions, state) | {"environment": started_in}
             text = render_comparison(record)
         else:
             record = measure_groups(arguments, corruptions, state, given)
             text = f"{render_card(record)}\n{verdict(record)}"
+        if state.is_main_process:
+            print(text)
+            if arguments.output:
+                write_json(record, arguments.output)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if state.is_main_process:
-        print(text)
-        if arguments.output:
-            write_json(record, arguments.output)
     state.destroy_process_group()
     return 0
 

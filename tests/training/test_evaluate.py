@@ -117,7 +117,7 @@ def test_scales_flips_corruption_and_a_part_of_the_split(loaded):
     assert record["num_images"] == 3
 
 
-def test_overrides_of_the_protocol(loaded, model_folder, labelled_folder, tmp_path, monkeypatch):
+def test_overrides_of_the_protocol(loaded, model_folder, labelled_folder, tmp_path, monkeypatch, capsys):
     """The record says what was done, and its figures are those of a model that was saved so."""
     passes = []
     monkeypatch.setattr(evaluation, "score_stream", lambda *args: (passes.append(args[5]), score_stream(*args))[1])
@@ -133,7 +133,15 @@ def test_overrides_of_the_protocol(loaded, model_folder, labelled_folder, tmp_pa
     assert record["mean_iou"] == pytest.approx(expected["mean_iou"], abs=2e-3)
     assert record["mean_iou"] != pytest.approx(count_alone(loaded, range(5))["mean_iou"], abs=2e-3)
 
-    assert run_command(model_folder, labelled_folder, "--window-size", "none", "--output", output) == 0
+    # Refused before anything is evaluated, and replaced when told.
+    again = (model_folder, labelled_folder, "--window-size", "none", "--output", output)
+    passes.clear()
+    assert run_command(*again) == 1 and not passes
+    assert (
+        capsys.readouterr().err == f"error: {output} exists; add --overwrite to replace it, or choose another name.\n"
+    )
+    assert json.loads(output.read_text()) == record
+    assert run_command(*again, "--overwrite") == 0
     assert json.loads(output.read_text())["protocol"]["window_size"] is None
 
 

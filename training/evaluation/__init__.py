@@ -1,6 +1,6 @@
 """Data set-level mIoU, corrupted photographs, worst images, pictures, measurements, and records of all of these."""
 
-from .arguments import add_data_arguments, load_samples, load_with_overrides, settings, start_processes
+from .arguments import add_data_arguments, check_outputs, load_samples, load_with_overrides, settings, start_processes
 from .calibration import Calibration, CalibrationObserver, check_diagram, draw_reliability
 from .card import write_card
 from .corruptions import CORRUPTIONS, SEVERITIES, Corruption, parse_corruptions
@@ -26,6 +26,7 @@ from .records import (
     flush_every_line,
     percent,
     render_table,
+    write_figure,
     write_json,
     write_whole,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "WorstImages",
     "add_data_arguments",
     "check_diagram",
+    "check_outputs",
     "check_sheet",
     "class_names",
     "compare_metrics",
@@ -84,6 +86,7 @@ __all__ = [
     "under_corruption",
     "wait_for",
     "write_card",
+    "write_figure",
     "write_json",
     "write_picture",
     "write_whole",

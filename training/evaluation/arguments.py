@@ -12,6 +12,7 @@ from accelerate.utils import parse_flag_from_env
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.inference import MAX_BATCH_PIXELS
 from depict_hf.loading import BACKENDS, DTYPES, load_model, override_protocol, parse_window_size
+from depict_hf.writing import check_file
 
 from ..data import SegmentationDataset, complete_splits, load_dataset_splits, open_samples, print_once
 from .evaluate_split import Execution, Protocol
@@ -66,6 +67,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="images at a time (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the record")
+    parser.add_argument("--overwrite", action="store_true", help="replace files to be written that exist")
 
 
 def settings(arguments: argparse.Namespace, state: PartialState) -> tuple[Protocol, Execution]:
@@ -80,6 +82,17 @@ def settings(arguments: argparse.Namespace, state: PartialState) -> tuple[Protoc
             raise ValueError(f"Got --{option} {getattr(arguments, name)}, needed at least {least}.")
     protocol = Protocol(tuple(arguments.scales), arguments.flip, max_images=arguments.max_images)
     return protocol, Execution(arguments.batch_size, arguments.workers, state, arguments.max_batch_pixels)
+
+
+def check_outputs(arguments: argparse.Namespace, state: PartialState, *more: Path | None) -> None:
+    """Refuse, before anything is evaluated, `--output` and more files that cannot be written or are there already.
+
+    Raises:
+        ValueError: As `depict_hf.writing.check_file`, unless the arguments of `add_data_arguments` say `--overwrite`.
+    """
+    if state.is_main_process:
+        for path in (arguments.output, *more):
+            check_file(path, arguments.overwrite)
 
 
 def load_with_overrides(

@@ -14,6 +14,8 @@ from torch import Tensor
 from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.windows import CoarseScores, score_bands
 
+from .records import write_figure
+
 COVERAGES = tuple(step / 20 for step in range(1, 21))
 # Pixels are sorted by 1 - confidence, a float32, in bins of equal upper bits: each is 1/256 as wide as its place is far
 # from certainty, so that pixels of nearly 1 are told apart as well as others.
@@ -271,8 +273,7 @@ def draw_reliability(calibrations: dict[str, dict], path: Path) -> None:
     risks.set_ylim(bottom=0)
     risks.grid(alpha=0.3)
     risks.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    write_figure(figure, path, dpi=100)
 
 
 def _sums(bins: Tensor, num_bins: int, *columns: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from depict_hf.labels import colors_for
 from depict_hf.visualization import SheetRow, contact_sheet
+from depict_hf.writing import encode_picture, write_whole
 
 COLUMN_WIDTH = 480
 
@@ -42,8 +43,7 @@ def write_picture(picture: PIL.Image.Image, output: Path, step: int, index: int,
         index: Index of the image in its split.
         writers: TensorBoard's, which get it too.
     """
-    folder = output / "samples" / f"step-{step}"
-    folder.mkdir(parents=True, exist_ok=True)
-    picture.save(folder / f"{index}.png")
+    path = output / "samples" / f"step-{step}" / f"{index}.png"
+    write_whole(encode_picture(picture, path), path)
     for writer in writers:
         writer.add_image(f"samples/{index}", np.asarray(picture), step, dataformats="HWC")

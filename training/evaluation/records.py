@@ -1,8 +1,6 @@
 """Records of evaluations: what they ran on, as a table, as JSON."""
 
 import io
-import json
-import os
 import platform
 import subprocess
 import sys
@@ -12,6 +10,9 @@ import datasets
 import torch
 import transformers
 from transformers import PretrainedConfig
+
+from depict_hf.writing import write_json as write_json
+from depict_hf.writing import write_whole as write_whole
 
 
 def environment() -> dict[str, str | int | None]:
@@ -102,17 +103,8 @@ def flush_every_line() -> None:
         sys.stdout.reconfigure(line_buffering=True)
 
 
-def write_json(record: dict, path: Path, indent: int = 2) -> None:
-    """Write or replace a file of JSON, as `write_whole` does."""
-    write_whole(json.dumps(record, indent=indent) + "\n", path)
-
-
-def write_whole(text: str, path: Path) -> None:
-    """Write or replace a file that at no moment is there in part, in whichever moment the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def write_figure(figure, path: Path, dpi: int) -> None:
+    """Write or replace a figure of matplotlib, as `write_whole` does; the suffix says in which format."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=dpi)
+    write_whole(buffer.getvalue(), path)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..settings import text_of
-from .records import percent
+from .records import percent, write_figure
 
 
 def draw_curves(history: Sequence[Mapping], path: Path) -> bool:
@@ -45,7 +45,7 @@ def draw_curves(history: Sequence[Mapping], path: Path) -> bool:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    write_figure(figure, path, dpi=120)
     return True
 
 

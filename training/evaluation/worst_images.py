@@ -13,6 +13,7 @@ from torch import Tensor
 
 from depict_hf.labels import colors_for
 from depict_hf.visualization import Color, SheetRow, contact_sheet
+from depict_hf.writing import encode_picture, write_whole
 
 from ..data import SegmentationDataset
 from .metrics import scores
@@ -123,8 +124,7 @@ def save_sheet(
         return
     titles = [f"{Path(samples.name(each.index)).name} ({each.index})" for each in worst.images]
     names = [id2label[index] for index in range(len(id2label))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    worst.sheet(titles, colors_for(id2label), names).save(path)
+    write_whole(encode_picture(worst.sheet(titles, colors_for(id2label), names), path), path)
 
 
 def check_sheet(path: Path | None) -> Path | None:

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..evaluation import write_figure
+
 BASELINE = "mask_transformer"
 DEPICT = ("sa", "ca")
 CLAIM = "DEPICT is at least as accurate as Segmenter with under a tenth of its decoder parameters"
@@ -303,9 +305,7 @@ def plot_report(report: dict, path: Path) -> None:
     for axes in (accuracy, learning):
         axes.grid(alpha=0.3)
         axes.legend()
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    write_figure(figure, path, dpi=120)
 
 
 def block_means(losses: Sequence[float], blocks: int = 40) -> tuple[list[int], list[float]]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..evaluation import write_json, write_whole
+from ..evaluation import write_figure, write_json, write_whole
 from .noise import ATTENTION_MATRICES, TARGETS
 from .robustness_summary import NAMES, RULE, black_box, summarize_sections, verdict
 
@@ -221,9 +221,7 @@ def plot_card(record: Mapping, path: Path) -> None:
             axes.set_title(f"{NAMES[name][0].upper()}{NAMES[name][1:]}", fontsize="small")
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=100)
-    partial.replace(path)
+    write_figure(figure, path, dpi=100)
 
 
 def _plot_curves(axes, groups: Mapping, colors: Mapping[str, str]) -> None:

@@ -32,7 +32,7 @@ def test_models_are_compared_on_the_same_corrupted_photographs(folders, tmp_path
     corruptions = ["--corruption", "shot_noise:1", "shot_noise:4", "contrast:3", "--max-images", "3"]
     for model in (first, second):
         alone = tmp_path / "alone.json"
-        assert evaluate.main([model, dataset, *corruptions, *common, "--output", str(alone)]) == 0
+        assert evaluate.main([model, dataset, *corruptions, *common, "--output", str(alone), "--overwrite"]) == 0
         expected, found = json.loads(alone.read_text()), record["models"][model]
         assert found["mean_iou"] == expected["mean_iou"]
         assert found["corruptions"] == expected["corruptions"]

@@ -85,10 +85,15 @@ def test_views_and_corruptions_are_those_of_the_evaluation(folders, monkeypatch,
             ),
         ):
             alone = tmp_path / "alone.json"
-            assert evaluate.main([model, "dataset", *common, *options, "--output", str(alone)]) == 0
+            assert evaluate.main([model, "dataset", *common, *options, "--output", str(alone), "--overwrite"]) == 0
             assert json.loads(alone.read_text())["mean_iou"] == found
         alone = tmp_path / "alone.json"
-        assert evaluate.main([model, "dataset", *common, "--corruption", "contrast:3", "--output", str(alone)]) == 0
+        assert (
+            evaluate.main(
+                [model, "dataset", *common, "--corruption", "contrast:3", "--output", str(alone), "--overwrite"]
+            )
+            == 0
+        )
         [expected] = json.loads(alone.read_text())["corruptions"]
         assert sections["corruptions"]["models"][model]["scores"]["contrast:3"] == expected["mean_iou"]
 

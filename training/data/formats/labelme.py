@@ -11,9 +11,11 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 from PIL import Image
 
+from depict_hf.writing import write_whole
+
 from .coco import BACKGROUND_NAMES, find_photograph
 from .found import Found, Tree, check_class_count, listed, refuse, split_of, without_area
-from .rendering import Drawing, cache_folder, content_key, render_splits, write_whole
+from .rendering import Drawing, cache_folder, content_key, render_splits
 from .shapes import inside_circle, inside_polygon, inside_rectangle, place_mask
 
 _AREAS = ("polygon", "rectangle", "circle", "mask")
@@ -125,7 +127,7 @@ def _photograph(tree: Tree, path: Path, content: dict, split: str | None) -> Pat
         raise ValueError(f"its imageData is no picture ({error})") from error
     target = cache_folder() / "depict_photographs" / f"{path.stem}-{content_key(path)[:24]}.{suffix}"
     if not target.is_file():
-        write_whole(target, lambda partial: partial.write_bytes(data))
+        write_whole(data, target)
     return target
 
 

@@ -1,8 +1,6 @@
 """Label maps that are drawn from annotations once, as PNG files in the cache of `datasets`."""
 
-import functools
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,8 @@ import datasets
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from depict_hf.writing import encode_picture, write_whole
 
 from ..reading import UnreadableImageError, read_image
 from .found import refuse
@@ -68,7 +68,7 @@ def render(drawings: Sequence[Drawing]) -> list[Path]:
                 continue
             faults.append(f"{drawing.name}: {error}")
             continue
-        write_whole(drawing.path, functools.partial(_save_png, ids))
+        write_whole(encode_picture(Image.fromarray(ids.astype(np.uint8)), drawing.path), drawing.path)
     refuse(faults, f"{len(faults)} of {len(drawings)} label maps cannot be made:")
     return paths
 
@@ -82,24 +82,12 @@ def render_splits(splits: Mapping[str | None, Sequence[tuple[Path, Drawing]]]) -
     return {split or "train": [(photograph, next(drawn)) for photograph, _ in pairs] for split, pairs in splits.items()}
 
 
-def _save_png(ids: np.ndarray, path: Path) -> None:
-    Image.fromarray(ids.astype(np.uint8)).save(path, "PNG")
-
-
 def _can_be_decoded(path: Path) -> bool:
     try:
         read_image({"path": str(path), "bytes": None})
     except UnreadableImageError:
         return False
     return True
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written beside its place and move it there, so that no other process sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    write(partial)
-    partial.replace(path)
 
 
 def content_key(path: Path) -> str:
