@@ -69,7 +69,9 @@ def made(tmp_path_factory) -> tuple[str, dict[bool, float]]:
 def run(monkeypatch, tmp_path, dataset: str, rows: tuple[PaperRow, ...], *options: str) -> tuple[int, dict]:
     monkeypatch.setattr(reproduce, "PAPER_ROWS", rows)
     output = tmp_path / "record.json"
-    code = reproduce.main([str(CHECKPOINT), dataset, "--workers", "0", "--output", str(output), *options])
+    code = reproduce.main(
+        [str(CHECKPOINT), dataset, "--workers", "0", "--output", str(output), "--overwrite", *options]
+    )
     return code, json.loads(output.read_text())
 
 
