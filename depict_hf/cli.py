@@ -48,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, ImportError) as error:
         print(f"depict: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        from .passes import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        print("depict: there is not enough memory; take a smaller image, or close other programs.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as error:
         number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
         print(f"depict: stopped by {number.name}; nothing is left half-written; start it again.", file=sys.stderr)

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
+from transformers.image_utils import ChannelDimension
 
 from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import SegmentationModel
@@ -411,4 +412,6 @@ def _as_tensor(photo: Photo, image_processor: DepictImageProcessor, max_photo_pi
         photo = upright(photo)
     else:
         raise ValueError(f"Got a {type(photo).__name__}, needed a PIL image, a uint8 array or a path.")
-    return image_processor.process_image(photo, do_convert_rgb=image_processor.do_convert_rgb)
+    # Else the first axis of an array that is 1, 3 or 4 pixels high would count as its channels.
+    axes = ChannelDimension.LAST if isinstance(photo, np.ndarray) else None
+    return image_processor.process_image(photo, image_processor.do_convert_rgb, axes)

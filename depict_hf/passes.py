@@ -215,8 +215,13 @@ def _windows(
     """Cut windows at every scale, whose views the job gets."""
     window_size = model.config.window_size
     for scale in scales:
-        options = {"size": _scaled_size(image_processor, scale), "max_photo_pixels": max_photo_pixels}
-        pixel_values = image_processor(image, **options, return_tensors="pt")["pixel_values"].to(model.device)
+        [pixel_values] = image_processor(
+            image,
+            size=_scaled_size(image_processor, scale),
+            input_data_format="channels_first",
+            max_photo_pixels=max_photo_pixels,
+        )["pixel_values"]
+        pixel_values = pixel_values[None].to(model.device)
         if window_size is not None:
             pixel_values = enlarge_to_window(pixel_values, window_size)
         size = size_of(pixel_values)

@@ -135,6 +135,21 @@ def test_beyond_pillows_limit(model_folder, tmp_path, monkeypatch):
     assert segment(model_folder, tmp_path / "out", photo, "--max-photo-pixels", "2400") == 0
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_is_too_short_for_an_explanation_is_one_line(error, model_folder, tmp_path, capsys, monkeypatch):
+    photo = save_photo(tmp_path / "photo.png")
+
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr("depict_hf.explain.explain", fails)
+    assert main(["explain", str(photo), "--model", str(model_folder), "--output", str(tmp_path / "page.html")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("depict: there is not enough memory; take a smaller")
+    monkeypatch.setattr("depict_hf.explain.explain", lambda *args: undefined)  # noqa: F821
+    with pytest.raises(NameError):
+        main(["explain", str(photo), "--model", str(model_folder), "--output", str(tmp_path / "page.html")])
+
+
 def test_suffixes_of_all_formats_are_found(tmp_path):
     for suffix in (".jpg", ".JPEG", ".png", ".bmp", ".gif", ".ppm", ".webp", ".tif", ".tiff", ".avif", ".jp2"):
         (tmp_path / f"photo{suffix}").touch()

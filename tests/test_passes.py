@@ -87,6 +87,15 @@ class TestBound:
                 use()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (3, 5), (4, 3), (2, 150), (150, 4)])
+@pytest.mark.parametrize("window", [None, 32])
+def test_the_smallest_sizes_as_arrays_and_images(size, window):
+    """Fails where the first axis of an array of 1, 3 or 4 rows is taken for its channels."""
+    model, array = tiny_model(window_size=window), np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    labels, of_array = segment(model, PROCESSOR, [PIL.Image.fromarray(array), array])
+    assert labels.shape == size and torch.equal(labels, of_array)
+
+
 class TestMemory:
     @pytest.mark.parametrize("error", [SHORT, MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
     def test_a_pass_too_large_is_run_in_parts(self, error, paths, monkeypatch):
