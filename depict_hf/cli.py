@@ -153,12 +153,13 @@ def segment_photos(args: argparse.Namespace) -> int:
         with interruption.in_hand():
             total = processes.total(outcome.num_failed, lambda: bool(interruption))
     if total is None:
-        reason = f"stopped by {interruption.name}" if interruption else f"stopped: {outcome.full}"
+        reason = f"stopped: {outcome.full.strerror}" if outcome.full else f"stopped by {interruption.name}"
         failed = f", {outcome.num_failed} failed" if outcome.num_failed else ""
         done = f"done: {_of_photographs(results.num_done(), results, processes)}{failed}"
         go_on = how_to_go_on(args.arguments) if processes.count == 1 else "the same command and --resume"
-        print(f"depict: {reason}; {done}; go on with: {go_on}", file=sys.stderr)
-        return interruption.status if interruption else 1
+        room = "make room, and " if outcome.full else ""
+        print(f"depict: {reason}; {done}; {room}go on with: {go_on}", file=sys.stderr)
+        return 1 if outcome.full else interruption.status
     if processes.rank == 0:
         Results(photographs, written, args.output).end()
     return 1 if total else 0

@@ -54,6 +54,9 @@ class UnwritableError(OSError):
 class DiskFullError(UnwritableError):
     """The disk is full, or the user's share of it is."""
 
+    def __str__(self) -> str:
+        return f"{self.strerror}; make room, and start again."
+
 
 def write_whole(data: bytes | str, path: str | Path, existing: Existing = "replace") -> None:
     """Write a file that at no moment is there in part.
@@ -373,9 +376,7 @@ def _unwritable(error: OSError, path: str | Path) -> UnwritableError:
 
 
 def _disk_full(path: str | Path, number: int | None = errno.ENOSPC) -> DiskFullError:
-    return DiskFullError(
-        number or errno.ENOSPC, f"{shown(path)} was not written, since the disk is full; make room, and start again."
-    )
+    return DiskFullError(number or errno.ENOSPC, f"{shown(path)} was not written, since the disk is full")
 
 
 def _exists(path: Path) -> UnwritableError:

@@ -127,8 +127,8 @@ def test_a_full_disk_ends_the_run(number, arguments, tmp_path, capsys, monkeypat
         patch.setattr(os, "write", fill)
         assert segment(arguments, out) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"depict: stopped: {out / '3.geojson'} was not written, since the disk is full; make room")
-    assert "; done: 3 of 10 photographs; go on with: depict segment --resume " in last
+    assert last.startswith(f"depict: stopped: {out / '3.geojson'} was not written, since the disk is full; done: ")
+    assert "; done: 3 of 10 photographs; make room, and go on with: depict segment --resume " in last
     assert held(out) == {name: data for name, data in held(reference).items() if int(Path(name).name[0]) < 3}
 
     assert main(commands(last)) == 0
@@ -142,7 +142,8 @@ def test_output_that_is_printed_to_a_full_disk(arguments, tmp_path, capsys):
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     lines = [line for line in result.stderr.splitlines() if line.startswith("depict: ")]
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "No space left on device" in lines[-1] and "of 10 photographs; go on with: depict segment" in lines[-1]
+    assert "No space left on device; done: " in lines[-1]
+    assert "of 10 photographs; make room, and go on with: depict segment --resume " in lines[-1]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

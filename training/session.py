@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from depict_hf import DepictForSemanticSegmentation
 from depict_hf.loading import load_model
+from depict_hf.writing import whole_folder
 
 from .data import (
     DecoderOnFeatures,
@@ -313,9 +314,9 @@ def _run_stage(session: Session, index: int, model: DepictForSemanticSegmentatio
     trainer.train(resume_from_checkpoint=find_checkpoint(folder, resume=True))
     line.end()
     trainer.finish()
-    model.eval().save_pretrained(folder / "unfinished_model")
-    processor.save_pretrained(folder / "unfinished_model")
-    (folder / "unfinished_model").rename(done)
+    with whole_folder(done) as unfinished:
+        model.eval().save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
     return model
 
 
@@ -336,8 +337,9 @@ def _finish(session: Session, model: DepictForSemanticSegmentation, arguments, s
     model.config.window_stride = last.evaluation.final_window_stride or last.evaluation.window_stride
     train = build_samples(last, session.splits, last.data.train_split)
     model.config.training_scenes = f"{len(train)} photographs of {Path(arguments.data).resolve().name}"
-    model.eval().save_pretrained(output)
-    processor.save_pretrained(output)
+    with whole_folder(output) as unfinished:
+        model.eval().save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
     test = build_samples(last, session.splits, last.data.test_split)
     images = _affordable_test_images(session, len(test))
     session.record("evaluation", {"step": 0, "seconds": session.budget.spent()})

@@ -19,6 +19,7 @@ from transformers.integrations import is_tensorboard_available
 
 from depict_hf import DepictForSemanticSegmentation
 from depict_hf.loading import load_model
+from depict_hf.writing import whole_folder
 
 from .data import (
     DecoderOnFeatures,
@@ -363,11 +364,12 @@ def save_trained(
         model.load_state_dict(weights)
     final = recipe.evaluation
     model.config.window_stride = final.final_window_stride or final.window_stride
-    model.eval().save_pretrained(output)
     size = final.final_size or recipe.data.size
     bound = {"longest_edge": int(final.final_long_side_factor * size)} if final.final_long_side_factor else {}
     trainer.processing_class.size = {"shortest_edge": size, **bound}
-    trainer.processing_class.save_pretrained(output)
+    with whole_folder(output) as unfinished:
+        model.eval().save_pretrained(unfinished)
+        trainer.processing_class.save_pretrained(unfinished)
 
 
 if __name__ == "__main__":
