@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from depict_hf.writing import check_file
+
 from .evaluation import flush_every_line, write_json, write_whole
 from .evidence.rehearsal import Rehearsal, rehearse
 from .evidence.rehearsal_setup import rows_of_the_paper
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+    arguments.records.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in names:
         record = arguments.records / f"{name}.json"
@@ -78,6 +81,7 @@ def rehearse_one(argv: Sequence[str]) -> int:
     parser.add_argument("rest", nargs="*", metavar="[DATASET [OUTPUT]] field=value", help="made data if none")
     parser.add_argument("--backbone", help="path or Hub name of the encoder's weights; random ones if omitted")
     parser.add_argument("--record", type=Path, metavar="FILE", help="JSON file for the record")
+    parser.add_argument("--overwrite", action="store_true", help="replace the record if it exists")
     arguments = parser.parse_intermixed_args(argv)
     flush_every_line()
     overrides = [each for each in arguments.rest if re.match(r"[\w.]+=", each)]
@@ -88,6 +92,7 @@ def rehearse_one(argv: Sequence[str]) -> int:
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("Got several processes, needed one: rehearse without a launcher.")
+        check_file(arguments.record, arguments.overwrite)
         if output is not None and Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
             raise ValueError(f"{output} is not an empty folder; choose another one.")
         recipe = get_recipe(arguments.recipe).override(overrides)

@@ -140,6 +140,8 @@ def test_what_cannot_be_rehearsed_is_refused(tmp_path, capsys, monkeypatch):
     (tmp_path / "mine").write_text("")
     message = refused(tmp_path, capsys, "ade20k_vit_tiny_sa", str(tmp_path), str(tmp_path))
     assert "is not an empty folder" in message
+    message = refused(tmp_path, capsys, "ade20k_vit_tiny_sa", "--record", str(tmp_path / "mine"))
+    assert "mine exists; add --overwrite" in message
     monkeypatch.setattr(rehearsal, "check_disk", lambda *_: (_ for _ in ()).throw(OSError("no room")))
     assert "error: no room" in refused(tmp_path, capsys, "ade20k_vit_tiny_sa", *SMALL)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -247,6 +249,10 @@ def test_all_rows_are_rehearsed_in_turn(tmp_path, monkeypatch, rehearsed, capsys
         return SimpleNamespace(returncode=int(name == "ade20k_vit_small_ca"))
 
     monkeypatch.setattr(subprocess, "run", run)
+    tmp_path = tmp_path / "records"
+    assert rehearse.main([str(tmp_path), "ade20k_vit_small_ca"]) == 1  # the folder is made, and holds no table
+    assert not list(tmp_path.iterdir())
+    started.clear()
     (tmp_path / "ade20k_vit_tiny_sa.json").write_text(json.dumps(rehearsed[1]))
     names = ["ade20k_vit_tiny_sa", "ade20k_vit_small_ca", "ade20k_vit_small_sa"]
     assert rehearse.main([str(tmp_path), *names]) == 1
