@@ -8,9 +8,9 @@ import pytest
 from depict_hf import DepictConfig
 from depict_hf.loading import DEFAULT_MODEL
 from training.evaluation.records import percent, render_table
+from training.evidence import robustness_card, white_box_card
 from training.evidence.comparison_report import with_deviation
 from training.evidence.rehearsal_table import render_rehearsals
-from training.evidence.robustness_card import FIGURE_NAME, RECORD_NAME, render_card
 from training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -91,11 +91,12 @@ def test_the_readme_shows_the_speed():
         assert f"to the power of {decoder['decoder']['time_exponent']:.2f}" in " ".join(README.split())
 
 
-def test_cards_of_robustness_are_rendered_from_their_records():
-    for path in (ROOT / "model_cards").glob(f"robustness_*/{RECORD_NAME}"):
+@pytest.mark.parametrize(("kind", "card"), [("robustness", robustness_card), ("white_box", white_box_card)])
+def test_cards_of_measurements_are_rendered_from_their_records(kind, card):
+    for path in (ROOT / "model_cards").glob(f"{kind}_*/{card.RECORD_NAME}"):
         record = json.loads(path.read_text(encoding="utf-8"))
-        assert (path.parent / "README.md").read_text(encoding="utf-8") == render_card(record)
-        assert (path.parent / FIGURE_NAME).is_file()
+        assert (path.parent / "README.md").read_text(encoding="utf-8") == card.render_card(record)
+        assert (path.parent / card.FIGURE_NAME).is_file()
 
 
 @pytest.mark.skipif(not REHEARSALS, reason="no row of the paper has been rehearsed yet")
