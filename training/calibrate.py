@@ -32,12 +32,17 @@ from .evaluation import (
     start_processes,
     write_json,
 )
+from .stopping import run_stoppable
 
 RECORD_NAME = "calibration.json"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m training.calibrate") -> int:
-    started_in = environment()
+    """Fit, print and write temperature and record.
+
+    Returns:
+        0 if all went well, 1 if not, 130 or 143 if SIGINT or SIGTERM ended it.
+    """
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("model", help="folder of a model with its image processor, or 'default'")
     add_data_arguments(parser)
@@ -45,25 +50,30 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m training.cali
     parser.add_argument("--diagram", type=Path, metavar="FILE", help="draw before and after: .png, .svg or .pdf")
     parser.set_defaults(split="validation")
     arguments = parser.parse_args(argv)
+    return run_stoppable(lambda: _run(arguments), prog, "the temperature is as it was; start it again")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    started_in = environment()
     try:
         state = start_processes()
         record = run(arguments, state) | {"environment": started_in}
+        if state.is_main_process:
+            folder = Path(model_source(arguments.model))
+            path = arguments.output or folder / RECORD_NAME
+            write_json(record, path)
+            write_temperature(folder, record["temperature"])
+            if arguments.diagram:
+                names = {
+                    f"{name}: temperature {record[name]['temperature']:g}": record[name] for name in ("before", "after")
+                }
+                draw_reliability(names, arguments.diagram)
+            for name in ("before", "after"):
+                print(f"{name + ':':8}{describe_calibration(record[name])}")
+            print(f"temperature {record['temperature']:g} -> {folder / 'config.json'}; record -> {path}")
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if state.is_main_process:
-        folder = Path(model_source(arguments.model))
-        path = arguments.output or folder / RECORD_NAME
-        write_json(record, path)
-        write_temperature(folder, record["temperature"])
-        if arguments.diagram:
-            names = {
-                f"{name}: temperature {record[name]['temperature']:g}": record[name] for name in ("before", "after")
-            }
-            draw_reliability(names, arguments.diagram)
-        for name in ("before", "after"):
-            print(f"{name + ':':8}{describe_calibration(record[name])}")
-        print(f"temperature {record['temperature']:g} -> {folder / 'config.json'}; record -> {path}")
     state.destroy_process_group()
     return 0
 

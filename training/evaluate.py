@@ -42,6 +42,7 @@ from .evaluation import (
     start_processes,
     write_json,
 )
+from .stopping import run_stoppable
 
 # Names that this module had before what they stand for moved into a room stay importable from here.
 __all__ = [
@@ -67,7 +68,11 @@ CROSS_CHECK_TOLERANCE = 1e-9
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m training.evaluate") -> int:
-    started_in = environment()
+    """Evaluate, print and write the record.
+
+    Returns:
+        0 if all went well, 1 if not, 130 or 143 if SIGINT or SIGTERM ended it.
+    """
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("model", help="folder or Hub name of a model with its image processor")
     add_data_arguments(parser)
@@ -99,17 +104,22 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m training.eval
         "--metric-script", default="mean_iou", metavar="PATH", help="that metric's script, where no Hub"
     )
     arguments = parser.parse_args(argv)
+    return run_stoppable(lambda: _run(arguments), prog, "no record was written; start it again")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    started_in = environment()
     try:
         state = start_processes()
         record = run(arguments, state) | {"environment": started_in}
+        if state.is_main_process:
+            print(render_table(record))
+            print(describe(record))
+            if arguments.output:
+                write_json(record, arguments.output)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if state.is_main_process:
-        print(render_table(record))
-        print(describe(record))
-        if arguments.output:
-            write_json(record, arguments.output)
     state.destroy_process_group()
     difference = record.get("cross_check", {}).get("largest_difference", 0.0)
     if difference > CROSS_CHECK_TOLERANCE:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .stopping import command_line, run_stoppable
+
 DEFAULT_MINUTES = 60.0
 
 
@@ -54,10 +56,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m training.own_
     """Parse and train.
 
     Returns:
-        0 if all went well, 1 if the run could not start or go on.
+        0 if all went well, 1 if the run could not start or go on, 130 or 143 if SIGINT or SIGTERM ended it.
     """
     started = time.monotonic()
-    return run(build_parser(prog).parse_intermixed_args(argv), started)
+    arguments = build_parser(prog).parse_intermixed_args(argv)
+    go_on = f"go on with: {command_line(prog, argv, '--resume')}"
+    return run_stoppable(lambda: run(arguments, started), prog, go_on)
 
 
 def run(arguments: argparse.Namespace, started: float | None = None) -> int:
@@ -67,8 +71,10 @@ def run(arguments: argparse.Namespace, started: float | None = None) -> int:
         started: When the command began, by `time.monotonic`; the minutes count from then. Now if None.
 
     Returns:
-        The exit code of `main`.
+        The exit code of `main`, but for signals, which the caller hears of.
     """
+    from safetensors import SafetensorError
+
     started = time.monotonic() if started is None else started
     try:
         for name in ("minutes", "epochs", "max_steps"):
@@ -80,7 +86,7 @@ def run(arguments: argparse.Namespace, started: float | None = None) -> int:
 
         flush_every_line()
         train_own_classes(arguments, started)
-    except (FloatingPointError, ImportError, OSError, ValueError) as error:
+    except (FloatingPointError, ImportError, OSError, SafetensorError, ValueError) as error:
         print(f"depict: {error}", file=sys.stderr)
         return 1
     return 0

@@ -9,7 +9,6 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.utils import disable_progress_bars
@@ -47,16 +46,15 @@ from .evaluation import (
 )
 from .machine import autocast, data_facts, measure
 from .optimization import Budget, Pace, PacedTrainer, ProgressLine, clock_time, discard_unfinished, find_checkpoint
-from .own_classes import DEFAULT_MINUTES
-from .planning import TEST_SHARE, Plan, Stage, base_recipe, check_overrides, make_plan, stage_recipes
-from .recipe import SECTIONS, Recipe, resolve_precision
+from .planning import TEST_SHARE, Plan, base_recipe, check_overrides, make_plan, stage_recipes
+from .recipe import resolve_precision
 from .recipe_data import build_augmentation, build_image_processor, build_samples
 from .recipe_model import freeze_for
+from .run_folder import HISTORY, RUN, WORK, asked_of, check_data, describe_data, open_run, plan_of, read_history
 from .starting import Start, start_from
+from .stopping import Stopped
 from .train import build_loss, set_exactness, training_arguments
 
-# In OUT: what the run was asked for and planned, what happened when, and all that is deleted at its end.
-RUN, HISTORY, WORK = "run.json", "history.jsonl", "work"
 LEAST_TEST_IMAGES = 8
 
 
@@ -96,6 +94,7 @@ def train_own_classes(arguments: argparse.Namespace, started: float) -> None:
     Raises:
         FloatingPointError: If the loss is not finite.
         ImportError, OSError, ValueError: If something that was asked for cannot be had.
+        Stopped: If a signal ends it while it trains.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -108,12 +107,12 @@ def train_own_classes(arguments: argparse.Namespace, started: float) -> None:
             f"Got {state.num_processes} processes, needed one; start this command without a launcher, or train a "
             "recipe on several with training.train."
         )
-    asked = _asked(arguments)
-    saved = _open_run(arguments.output, arguments.resume, asked)
+    asked = asked_of(arguments)
+    saved = open_run(arguments.output, arguments.resume, asked)
     if saved and (arguments.output / "report.md").is_file():
         print(f"The run in {arguments.output} is finished; its report is {arguments.output / 'report.md'}.")
         return
-    history = _read_history(arguments.output) if saved else []
+    history = read_history(arguments.output) if saved else []
     seconds = math.inf if asked["minutes"] is None else 60 * asked["minutes"]
     budget = Budget(seconds, history[-1]["seconds"] if history else 0.0, started=started)
     set_seed(0)
@@ -122,15 +121,17 @@ def train_own_classes(arguments: argparse.Namespace, started: float) -> None:
     names = None if arguments.classes is None else tuple(name.strip() for name in arguments.classes.split(","))
     opened = open_data(arguments.data, names, **fields)
     print(opened)
+    data = describe_data(opened)
     start = start_from(arguments.source, opened.class_names, arguments.decoder)
     start_lines = start.describe()
     print("\n".join(start_lines))
 
     if saved:
-        plan, start_lines, record = _plan_from_json(saved["plan"]), saved["start"], saved
+        check_data(saved, data, arguments.output)
+        plan, start_lines, record = plan_of(saved, arguments.output), saved["start"], saved
     else:
         plan = _make_plan(asked, opened, start, budget, arguments.output, overrides)
-        record = {"asked": asked, "start": start_lines, "environment": environment()}
+        record = {"asked": asked, "data": data, "start": start_lines, "environment": environment()}
         write_json(record | {"plan": dataclasses.asdict(plan)}, arguments.output / RUN)
     _print_plan(plan)
     session = Session(arguments.output, budget, plan, opened.splits, history)
@@ -144,59 +145,6 @@ def train_own_classes(arguments: argparse.Namespace, started: float) -> None:
             write_json(record | {"plan": dataclasses.asdict(session.plan)}, arguments.output / RUN)
         model = _run_stage(session, index, model)
     _finish(session, model, arguments, start_lines)
-
-
-def _asked(arguments: argparse.Namespace) -> dict:
-    """Return what a run depends on, as JSON gives it back."""
-    minutes = arguments.minutes
-    if minutes is None and arguments.epochs is None and arguments.max_steps is None:
-        minutes = DEFAULT_MINUTES
-    return {
-        "data": arguments.data,
-        "source": arguments.source,
-        "classes": arguments.classes,
-        "decoder": arguments.decoder,
-        "minutes": minutes,
-        "epochs": arguments.epochs,
-        "max_steps": arguments.max_steps,
-        "overrides": list(arguments.overrides),
-    }
-
-
-def _open_run(output: Path, resume: bool, asked: dict) -> dict | None:
-    """Read what `run.json` of a run that goes on says; None for a new one.
-
-    Raises:
-        ValueError: If OUT holds something and the run is not to go on, or it was asked for something else.
-    """
-    path = output / RUN
-    if resume and path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        changed = [
-            f"{name}={asked[name]!r}, there {saved['asked'][name]!r}"
-            for name in asked
-            if asked[name] != saved["asked"][name]
-        ]
-        if changed:
-            raise ValueError(f"Got --resume with other settings than in {path}: {'; '.join(changed)}. Use the same.")
-        return saved
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        what = "pass --resume to go on with the run in it, or " if path.is_file() else ""
-        raise ValueError(f"{output} is not an empty folder; {what}choose a new one, so that nothing is overwritten.")
-    output.mkdir(parents=True, exist_ok=True)
-    return None
-
-
-def _read_history(output: Path) -> list[dict]:
-    path = output / HISTORY
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    events = []
-    for line in lines:
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:  # a line that was being written when the run was killed
-            continue
-    return events
 
 
 def _fields_of_data(overrides: Sequence[str]) -> dict:
@@ -239,21 +187,6 @@ def _print_plan(plan: Plan) -> None:
 
 def _stage_folder(session: Session, index: int) -> Path:
     return session.output / WORK / f"{index + 1}-{session.plan.stages[index].name}"
-
-
-def _plan_from_json(values: dict) -> Plan:
-    stages = [Stage(**(stage | {"recipe": _recipe_from_json(stage["recipe"])})) for stage in values["stages"]]
-    return Plan(**(values | {"stages": tuple(stages), "reasons": tuple(values["reasons"])}))
-
-
-def _recipe_from_json(values: dict) -> Recipe:
-    sections: dict[str, Any] = {
-        section: kind(
-            **{name: tuple(each) if isinstance(each, list) else each for name, each in values[section].items()}
-        )
-        for section, kind in SECTIONS.items()
-    }
-    return Recipe(name=values["name"], **sections)
 
 
 def _run_stage(session: Session, index: int, model: DepictForSemanticSegmentation) -> DepictForSemanticSegmentation:
@@ -310,8 +243,14 @@ def _run_stage(session: Session, index: int, model: DepictForSemanticSegmentatio
         eval_dataset=evaluated,
         processing_class=processor,
     )
-    discard_unfinished(folder)
-    trainer.train(resume_from_checkpoint=find_checkpoint(folder, resume=True))
+    checkpoint = find_checkpoint(folder, resume=True)
+    discard_unfinished(folder, checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Stopped:
+        # So that a session that goes on knows what this one has spent.
+        session.record(stage.name, {"step": trainer.state.global_step, "seconds": budget.spent()})
+        raise
     line.end()
     trainer.finish()
     with whole_folder(done) as unfinished:

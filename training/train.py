@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import io
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from huggingface_hub import create_repo, upload_folder
+from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import is_tensorboard_available
 
@@ -41,6 +41,8 @@ from .optimization import (
     check_sharding,
     discard_unfinished,
     find_checkpoint,
+    warn_once,
+    write_run_record,
 )
 from .recipe import Recipe, resolve_precision
 from .recipe_data import (
@@ -54,6 +56,7 @@ from .recipe_data import (
 )
 from .recipe_model import build_model, check_start, freeze_for, load_backbone
 from .recipes import get_recipe
+from .stopping import command_line, run_stoppable
 
 __all__ = [
     "build_augmentation",
@@ -262,22 +265,12 @@ def trackers(recipe: Recipe) -> list[str]:
     return names or ["none"]
 
 
-def write_run_record(record: dict, session: dict, checkpoint: str | None, path: Path) -> None:
-    """Write `record` and the sessions of the run, one for each start, to `path`.
-
-    Args:
-        record: What stays the same from start to start.
-        session: Environment of this start.
-        checkpoint: Folder that this start goes on from; None where it begins anew, and earlier sessions are forgotten.
-        path: JSON file, which holds the earlier sessions.
-    """
-    known = checkpoint is not None and path.is_file()
-    sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if known else []
-    session = {"resumed_from": Path(checkpoint).name if checkpoint else None, "environment": session}
-    write_json(record | {"sessions": [*sessions, session]}, path)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
+    """Train, evaluate and save.
+
+    Returns:
+        0 if all went well, 1 if the run could not start or go on, 130 or 143 if SIGINT or SIGTERM ended it.
+    """
     parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
     parser.add_argument("recipe", help="a function of training.recipes")
     parser.add_argument("dataset", help="Hub name, or local folder (see training.data.load_dataset_splits)")
@@ -298,39 +291,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     # Lines reach a log file as they are printed, not when a buffer is full.
     cast(io.TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)
-    started_in = environment()
+    command = command_line(parser.prog, argv, "--resume")
+    launcher = "the launcher and " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    return run_stoppable(lambda: _run(arguments), parser.prog, f"go on with: {launcher}{command}")
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
-        recipe = get_recipe(arguments.recipe).override(arguments.overrides)
-        if arguments.backbone is not None:
-            recipe = recipe.replace(backbone=arguments.backbone)
-        asked, recipe = recipe.hardware.precision, resolve_precision(recipe)
-        if asked != recipe.hardware.precision:
-            print_once(f"precision={asked} is {recipe.hardware.precision} here")
-        circumstances = check_launch(recipe)
-        checkpoint = find_checkpoint(arguments.output, arguments.resume)
-        known = None if checkpoint is None else arguments.output / "recipe.json"
-        if known is not None:
-            check_same_run(recipe, known, circumstances)
-        splits = load_dataset_splits(arguments.dataset, recipe.data.streaming)
-        check_data(recipe, splits)
-        circumstances["data"] = describe_data(recipe, splits)
-        if known is not None:
-            check_same_run(recipe, known, circumstances)
-        test = build_samples(recipe, splits, recipe.data.test_split)
-        trainer, model = build_trainer(recipe, splits, arguments.output)
-    except (ImportError, OSError, ValueError) as error:
+        _train(arguments)
+    except (FloatingPointError, ImportError, OSError, SafetensorError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    """Do what the arguments say.
+
+    Raises:
+        FloatingPointError: If loss or weights are not finite.
+        ImportError: If something that is asked for is not installed.
+        OSError, SafetensorError: If something cannot be read or written.
+        ValueError: If recipe or data cannot be trained on.
+    """
+    started_in = environment()
+    recipe = get_recipe(arguments.recipe).override(arguments.overrides)
+    if arguments.backbone is not None:
+        recipe = recipe.replace(backbone=arguments.backbone)
+    asked, recipe = recipe.hardware.precision, resolve_precision(recipe)
+    if asked != recipe.hardware.precision:
+        print_once(f"precision={asked} is {recipe.hardware.precision} here")
+    circumstances = check_launch(recipe)
+    checkpoint = find_checkpoint(arguments.output, arguments.resume)
+    known = None if checkpoint is None else arguments.output / "recipe.json"
+    if known is not None:
+        if not known.is_file():
+            warn_once(f"There is no {known}, so that nobody knows whether the run began with the same recipe.")
+        check_same_run(recipe, known, circumstances)
+    splits = load_dataset_splits(arguments.dataset, recipe.data.streaming)
+    check_data(recipe, splits)
+    circumstances["data"] = describe_data(recipe, splits)
+    if known is not None:
+        check_same_run(recipe, known, circumstances)
+    test = build_samples(recipe, splits, recipe.data.test_split)
+    trainer, model = build_trainer(recipe, splits, arguments.output)
     if trainer.is_world_process_zero():
         record = {"recipe": dataclasses.asdict(recipe), "dataset": arguments.dataset} | circumstances
         record["left_out"] = [name for samples in splits.opened.values() for name in samples.left_out]
         write_run_record(record, started_in, checkpoint, arguments.output / "recipe.json")
-        discard_unfinished(arguments.output)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        discard_unfinished(arguments.output, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     save_trained(recipe, trainer, model, arguments.output)
     trainer.accelerator.wait_for_everyone()
     # What is evaluated is what was saved; a model that the processes share could not be anyway.
@@ -348,7 +358,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Processes that end with their connections open may crash.
     trainer.accelerator.wait_for_everyone()
     PartialState().destroy_process_group()
-    return 0
 
 
 def save_trained(

@@ -158,3 +158,36 @@ def kill_and_compare(dataset: str, backbone: str, folder: Path, options: list[st
     killed = kill_until_done(arguments, folder / "killed.log", before, moments)
     assert_same_weights(folder / "killed", folder / "whole", tolerance=0)
     return killed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_every_process_ends_a_run_that_goes_on(dataset_folder, backbone_folder, tmp_path, processes):
+    """To the processes that read data, too, as schedulers and `torchrun` send it; of two, here, to one alone."""
+    options = ["epochs=60", "evaluate_every_epochs=60", "num_workers=1", "size=56", "crop_size=56"]
+    launch = (lambda *each: [start(*each)]) if processes == 1 else start_two
+    log = tmp_path / "log"
+    arguments = command(dataset_folder, backbone_folder, tmp_path / "stopped", *options)
+    running = launch(arguments, log)
+    while "'loss'" not in (log.read_text() if log.exists() else ""):
+        assert running[0].poll() is None, log.read_text()
+        time.sleep(0.05)
+    group = [running[0].pid, *children(running[0].pid)]
+    assert len(group) > 1
+    for each in group:
+        os.kill(each, signal.SIGTERM)
+    for process in running:
+        assert process.wait(timeout=120) == 143, log.read_text()
+    [checkpoint] = (tmp_path / "stopped").glob("checkpoint-*")
+    assert 10 <= int(checkpoint.name.partition("-")[2]) < 120
+    text = log.read_text()
+    assert "Traceback" not in text and text.count("stopped by SIGTERM") == 1
+    for process in launch([*arguments, "--resume"], log):
+        finish(process, log)
+    for process in launch(command(dataset_folder, backbone_folder, tmp_path / "whole", *options), log):
+        finish(process, log)
+    assert_same_weights(tmp_path / "stopped", tmp_path / "whole", tolerance=0)
+
+
+def children(process: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{process}/task/{process}/children").read_text().split()]

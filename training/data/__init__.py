@@ -2,6 +2,7 @@
 
 from .augmentation import Normalization, TrainingAugmentation
 from .checks import describe_classes, label_encoding, open_samples, print_once
+from .failures import Collate, Reported, check_batch
 from .features import DecoderOnFeatures, FeatureDataset
 from .imagefolder import read_class_names
 from .layouts import CITYSCAPES_CLASSES, Splits
@@ -27,6 +28,7 @@ __all__ = [
     "CITYSCAPES_CLASSES",
     "IMAGE_COLUMNS",
     "LABEL_COLUMNS",
+    "Collate",
     "DecoderOnFeatures",
     "EpochSampler",
     "EvaluationDataset",
@@ -34,12 +36,14 @@ __all__ = [
     "LabelEncoding",
     "Normalization",
     "OpenedData",
+    "Reported",
     "SegmentationDataset",
     "Splits",
     "StreamingDataset",
     "TrainingAugmentation",
     "TrainingDataset",
     "UnreadableImageError",
+    "check_batch",
     "check_stream",
     "complete_splits",
     "count_images",

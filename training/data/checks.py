@@ -145,6 +145,7 @@ def check_split(
         samples.label_column,
         encoding=encoding,
         split=samples.split,
+        skip_unreadable=skip_unreadable,
     )
     if found.unreadable:
         checked = checked.without(index for index, _ in found.unreadable)

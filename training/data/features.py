@@ -2,11 +2,14 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -108,11 +111,15 @@ class FeatureDataset(EpochDataset):
         if self.crop is not None:
             return self._crop(index, self.crop)
         features, input_size = self.read_whole(index)
-        return {"features": features, "labels": self.samples[index]["labels"], "input_size": input_size}
+        return {"features": features, "labels": self.samples.read_or_blank(index)["labels"], "input_size": input_size}
 
     def read_whole(self, index: int) -> tuple[Tensor, Tensor]:
-        """Read the features of a whole image and its `input_size`; labels are decoded from the data."""
-        with safe_open(self._path(index), framework="pt") as file:
+        """Read the features of a whole image and its `input_size`; labels are decoded from the data.
+
+        Raises:
+            ValueError: If its file is damaged or gone.
+        """
+        with self._opened(index) as file:
             input_size = torch.tensor(file.get_slice("labels").get_shape())
             return file.get_tensor("plain"), input_size
 
@@ -120,7 +127,7 @@ class FeatureDataset(EpochDataset):
         """Read a random square of `crop` x `crop` patches and the labels of the same area, and nothing else."""
         generator = sample_generator(self.seed, self.epoch, index)
         mirror = bool(torch.rand((), generator=generator) < 0.5)
-        with safe_open(self._path(index), framework="pt") as file:
+        with self._opened(index) as file:
             features, labels = (file.get_slice(name) for name in ("mirrored" if mirror else "plain", "labels"))
             grid_height, grid_width, _ = features.get_shape()
             top, left = (
@@ -131,6 +138,17 @@ class FeatureDataset(EpochDataset):
             side = self.patch_size
             area = (top * side, left * side, bottom * side, right * side)
             return {"features": features[top:bottom, left:right], "labels": _label_area(labels, area, mirror)}
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[Any]:
+        try:
+            with safe_open(self._path(index), framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"The features of {self.samples.name(index)} in {self._path(index)} cannot be read ({error}); delete "
+                "that file, and they are computed again when training goes on with --resume."
+            ) from error
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:06d}.safetensors"
@@ -154,8 +172,15 @@ class FeatureDataset(EpochDataset):
                 tensors[name] = encode(encoder, view.to(model.device), self.patch_size, autocast).cpu()
             # Under a name of this process until it is whole, so that a killed run leaves no half-written file.
             partial = self._path(index).with_suffix(f".{os.getpid()}.partial")
-            save_file(tensors, partial)
-            partial.rename(self._path(index))
+            try:
+                save_file(tensors, partial)
+                partial.rename(self._path(index))
+            except (OSError, SafetensorError) as error:
+                partial.unlink(missing_ok=True)
+                raise OSError(
+                    f"The features of image {index + 1} of {len(self)} cannot be written to {self.folder} ({error}); "
+                    "make room there, or choose another folder or cache_features=false. Those that are there are kept."
+                ) from error
 
 
 def encode(encoder: nn.Module, pixel_values: Tensor, patch_size: int, autocast: bool) -> Tensor:

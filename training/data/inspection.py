@@ -75,13 +75,24 @@ def inspect_once(samples: SegmentationDataset, num_workers: int = 0) -> Inspecti
     path = Path(datasets.config.HF_DATASETS_CACHE) / "depict_checks" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        if path.is_file():
-            return Inspection(**json.loads(path.read_text()))
+        known = _read_back(path, len(samples))
+        # What could not be read may have been a network or disk that failed.
+        if known is not None and not any(_Readings(samples).is_readable(index) for index, _ in known.unreadable):
+            return known
         found = inspect_samples(samples, num_workers)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(found)))
-        partial.rename(path)
+        partial.write_text(json.dumps(asdict(found)), encoding="utf-8")
+        partial.replace(path)
     return found
+
+
+def _read_back(path: Path, count: int) -> Inspection | None:
+    """Read what was found earlier; None where nothing was, or the file is damaged."""
+    try:
+        found = Inspection(**json.loads(path.read_text(encoding="utf-8")))
+        return found if len(found.ids) == len(found.hashes) == count else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def inspect_samples(samples: SegmentationDataset, num_workers: int = 0) -> Inspection:
@@ -127,6 +138,10 @@ class _Readings(Dataset):
         except ValueError as error:
             return index, (False, f"{place_of(self.samples, index)}: {error}"), {}, content_hash(photograph)
         return index, None, count_ids(ids), content_hash(photograph)
+
+    def is_readable(self, index: int) -> bool:
+        fault = self[index][1]
+        return fault is None or not fault[0]
 
 
 def place_of(samples: SegmentationDataset, index: int) -> str:

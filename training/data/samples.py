@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import sys
+import time
 from collections.abc import Iterable, Iterator
 
 import datasets
@@ -17,6 +19,9 @@ from .loading import find_columns
 from .reading import LabelEncoding, UnreadableImageError, name_of, read_pair
 
 _DIGESTED_BYTES = 4096
+# Pauses before an image that cannot be read is read again: all could be when they were checked, so that it is likely
+# the network or the disk that fails.
+RETRY_SECONDS = (0.5, 2.0)
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
@@ -31,6 +36,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         encoding: Meaning of the ids in label maps, instead of `reduce_labels`; by default they hold ids below
             `num_labels` and 255.
         split: Its name, for messages; the dataset's own if omitted.
+        skip_unreadable: Whether `read_or_blank` leaves out an image that cannot be read any more.
 
     Items are `image`, uint8 `(3, height, width)`, and `labels`, int64 `(height, width)`, decoded by the rules of
     `DepictImageProcessor` (palettes count by index) and turned as EXIF orientations say.
@@ -49,12 +55,14 @@ class SegmentationDataset(torch.utils.data.Dataset):
         reduce_labels: bool = False,
         encoding: LabelEncoding | None = None,
         split: str | None = None,
+        skip_unreadable: bool = False,
     ):
         self.dataset = dataset
         self.num_labels = num_labels
         self.image_column, self.label_column = find_columns(dataset.features, image_column, label_column)
         self.encoding = LabelEncoding.counted(num_labels, reduce_labels) if encoding is None else encoding
         self.split = str(dataset.split) if split is None else split
+        self.skip_unreadable = skip_unreadable
         self.pixels: Tensor | None = None
         self.left_out: tuple[str, ...] = ()
         self.encoded = undecoded(dataset, self.image_column, self.label_column)
@@ -63,16 +71,39 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Read one pair.
+        """Read one pair, if need be again after `RETRY_SECONDS`.
 
         Raises:
             UnreadableImageError: If the photograph or its label map cannot be decoded.
             ValueError: If the label map does not fit, or holds an id that is no class.
         """
         row = self.encoded[index]
-        return read_sample(
-            row[self.image_column], row[self.label_column], self.encoding, f"Image {index} of split {self.split}"
-        )
+        encoded = (row[self.image_column], row[self.label_column])
+        where = f"Image {index} of split {self.split}"
+        for seconds in RETRY_SECONDS:
+            try:
+                return read_sample(*encoded, self.encoding, where)
+            except UnreadableImageError:
+                time.sleep(seconds)
+        return read_sample(*encoded, self.encoding, where)
+
+    def read_or_blank(self, index: int) -> dict[str, Tensor]:
+        """Read one pair, or return a single black pixel without a label where it cannot be read and is to be left out.
+
+        Without a label it counts neither in a loss nor in a metric. A line on stderr names it.
+
+        Raises:
+            UnreadableImageError: If it cannot be read, and is not to be left out.
+            ValueError: As `__getitem__`.
+        """
+        try:
+            return self[index]
+        except UnreadableImageError as error:
+            if not self.skip_unreadable:
+                raise
+            print(f"left out: {error}", file=sys.stderr, flush=True)
+            ignored = torch.full((1, 1), IGNORE_LABEL)
+            return {"image": torch.zeros((3, 1, 1), dtype=torch.uint8), "labels": ignored}
 
     def name(self, index: int) -> str:
         """Return the path or name of a photograph, or its place in the split where it has none."""
@@ -87,6 +118,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
             self.label_column,
             encoding=self.encoding,
             split=self.split,
+            skip_unreadable=self.skip_unreadable,
         )
 
     def without(self, indices: Iterable[int]) -> "SegmentationDataset":
@@ -189,6 +221,7 @@ class EpochSampler(torch.utils.data.Sampler):
 
     def __init__(self, num_samples: int, seed: int, batch_size: int = 1):
         self.num_samples = num_samples
+        self.batch_size = batch_size
         self.num_taken = num_samples // batch_size * batch_size
         self.seed = seed
         self.epoch = 0
@@ -204,6 +237,15 @@ class EpochSampler(torch.utils.data.Sampler):
         # The index after the last sample: augmentation draws from those of the samples.
         generator = sample_generator(self.seed, self.epoch, self.num_samples)
         return iter(torch.randperm(self.num_samples, generator=generator)[: self.num_taken].tolist())
+
+    def of_step(self, step: int) -> list[int]:
+        """Return the indices in an optimiser step of the present epoch, over all processes and passes.
+
+        Args:
+            step: Number of the step, counted from 0 over all epochs.
+        """
+        first = step * self.batch_size % max(self.num_taken, 1)
+        return list(self)[first : first + self.batch_size]
 
 
 class EpochDataset(torch.utils.data.Dataset):
@@ -238,7 +280,7 @@ class TrainingDataset(EpochDataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        sample = self.samples[index]
+        sample = self.samples.read_or_blank(index)
         return self.augmentation(sample["image"], sample["labels"], sample_generator(self.seed, self.epoch, index))
 
 
@@ -253,5 +295,5 @@ class EvaluationDataset(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        sample = self.samples[index]
+        sample = self.samples.read_or_blank(index)
         return {"pixel_values": self.image_processor(sample["image"])["pixel_values"][0], "labels": sample["labels"]}

@@ -7,25 +7,28 @@ resumed in the middle of an epoch reads that epoch's images again from its begin
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import datasets
 import torch
 from accelerate.data_loader import DataLoaderShard
 from datasets.distributed import split_dataset_by_node
-from torch import Tensor
+from torch.utils.data import default_collate
 
 from depict_hf.configuration_depict import IGNORE_LABEL
 
+from ..stopping import survive
 from .augmentation import TrainingAugmentation
+from .failures import Collate, ReportedStream
 from .loading import find_columns
-from .reading import LabelEncoding, UnreadableImageError
+from .reading import LabelEncoding, UnreadableImageError, name_of
 from .samples import read_sample, sample_generator, undecoded
 
 CHECKED_IMAGES = 64
 
 
 class StreamingDataset(torch.utils.data.IterableDataset):
-    """Augmented crops of this process's part of a stream, as those of `TrainingDataset`.
+    """Augmented crops of this process's part of a stream, as those of `TrainingDataset`, each with its `name`.
 
     Every epoch has the same number of images in all processes, and in all workers of each: where a part is shorter, it
     begins again, and where it is longer, the epoch ends before it does. Parts are equal where the number of files
@@ -92,10 +95,15 @@ class StreamingDataset(torch.utils.data.IterableDataset):
             num_workers: No more are started than there are files for this process.
         """
         return DataLoaderShard(
-            self, batch_size=self.batch_size, num_workers=min(num_workers, self.num_files), pin_memory=pin_memory
+            ReportedStream(self),
+            batch_size=self.batch_size,
+            num_workers=min(num_workers, self.num_files),
+            pin_memory=pin_memory,
+            collate_fn=Collate(default_collate),
+            worker_init_fn=survive,
         )
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
         index, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
         batches = self.images_per_epoch // self.batch_size
@@ -103,13 +111,13 @@ class StreamingDataset(torch.utils.data.IterableDataset):
         part, parts = self.process_index * count + index, self.num_processes * count
         for place, sample in zip(range(images), self._samples(), strict=False):
             generator = sample_generator(self.seed, self.epoch, place * parts + part)
-            yield self.augmentation(sample["image"], sample["labels"], generator)
+            yield self.augmentation(sample["image"], sample["labels"], generator) | {"name": sample["name"]}
 
-    def _samples(self) -> Iterator[dict[str, Tensor]]:
+    def _samples(self) -> Iterator[dict[str, Any]]:
         """Yield all samples of this worker's part, again and again."""
         while True:
             empty = True
-            for row in self.stream:
+            for row in self._rows():
                 encoded_image, encoded_labels = (row[column] for column in self.columns)
                 try:
                     sample = read_sample(encoded_image, encoded_labels, self.encoding, "An image of the stream")
@@ -119,9 +127,23 @@ class StreamingDataset(torch.utils.data.IterableDataset):
                     print(f"left out: {error}", file=sys.stderr, flush=True)
                     continue
                 empty = False
-                yield sample
+                yield sample | {"name": name_of(encoded_image) or "an image of the stream without a name"}
             if empty:
                 raise ValueError("A part of the stream has no image that can be read; use fewer processes or workers.")
+
+    def _rows(self) -> Iterator[dict]:
+        """Yield the rows of this worker's part.
+
+        Raises:
+            ValueError: If the stream breaks off, whatever that is to the library that reads it.
+        """
+        try:
+            yield from self.stream
+        except Exception as error:
+            raise ValueError(
+                f"The stream of training images broke off ({type(error).__name__}: {error}); see whether its files "
+                "are whole and can be reached, and go on with --resume, or leave streaming out."
+            ) from error
 
 
 def stream_columns(

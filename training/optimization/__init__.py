@@ -1,7 +1,7 @@
 """How weights move: Trainer, losses, parameter groups, rates, averages, adapters, checkpoints."""
 
 from .adapters import add_adapters
-from .checkpoints import check_same_run, discard_unfinished, find_checkpoint
+from .checkpoints import discard_unfinished, find_checkpoint, warn_once
 from .groups import (
     SCALE_PARAMETERS,
     TOKENS,
@@ -16,7 +16,9 @@ from .groups import (
 )
 from .losses import RecipeLoss, balanced_weights
 from .pace import Budget, Pace, PacedTrainer, ProgressLine, clock_time
-from .trainer import SegmentationTrainer, check_sharding
+from .same_run import check_same_run, write_run_record
+from .sharding import check_sharding
+from .trainer import SegmentationTrainer
 
 __all__ = [
     "SCALE_PARAMETERS",
@@ -42,4 +44,6 @@ __all__ = [
     "optimizer_groups",
     "parameter_groups",
     "rate_factor",
+    "warn_once",
+    "write_run_record",
 ]

@@ -1,47 +1,62 @@
-"""Checkpoints that are known to be whole, which of them a run continues from, and which run may continue.
+"""Checkpoints that are known to be whole, and which of them a run continues from.
 
-A checkpoint is written by `Trainer`, synchronised with the disk, and then marked with the sizes of its files: one
-without that mark counts as not there. What a killed run leaves of one is deleted when the next one begins to train.
+A checkpoint is written by `Trainer`, synchronised with the disk, and then marked with the sizes and SHA-256 sums of its
+files: one without that mark counts as not there, and one whose files are others by now is passed over. What a killed
+run leaves of one is deleted when the next one begins to train.
 """
 
-import dataclasses
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import TrainerCallback
 
-from ..recipe import SECTIONS, Recipe
 from .averaging import WeightAverage
+from .same_run import FREE_FIELDS, as_json, changed_fields, check_same_run, free_fields
+
+__all__ = [
+    "COMPLETE",
+    "DELETED",
+    "FREE_FIELDS",
+    "KEPT_CHECKPOINTS",
+    "CheckpointKeeper",
+    "as_json",
+    "changed_fields",
+    "changed_file",
+    "check_same_run",
+    "checkpoint_folders",
+    "delete_oldest",
+    "discard_unfinished",
+    "find_checkpoint",
+    "free_fields",
+    "is_complete",
+    "last_good",
+    "mark_complete",
+    "warn_once",
+]
 
 KEPT_CHECKPOINTS = 2
 # Written into a checkpoint's folder after everything else.
 COMPLETE = "complete.json"
 DELETED = "deleted"
+_READ_BYTES = 2**20
+# What to do where numbers are not finite.
+REMEDY = (
+    "Lower learning_rate, add warmup_steps, clip gradients with max_grad_norm, or choose another precision, and start "
+    "a new run, from those weights with start_from=FOLDER."
+)
 # What operating systems answer where a file system cannot synchronise folders, such as some network, FUSE and Windows
 # shares. Files, which are synchronised one by one, do not end up there; what a power failure might cost is the name of
 # the newest checkpoint, and a run then continues from the one before.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-# What may change between the sessions of one run without changing its result.
-FREE_FIELDS = (
-    "num_workers",
-    "evaluate_every_epochs",
-    "save_every_steps",
-    "sample_pictures",
-    "report_to",
-    "push_to_hub",
-    "test_split",
-    "final_window_stride",
-    "final_size",
-    "final_long_side_factor",
-)
 
 
 def mark_complete(folder: Path) -> None:
@@ -49,19 +64,49 @@ def mark_complete(folder: Path) -> None:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != COMPLETE]
     for path in files:
         _synchronize(path)
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    (folder / COMPLETE).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+    facts = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    (folder / COMPLETE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     _synchronize(folder / COMPLETE)
     _synchronize(folder)
 
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder has the mark of `mark_complete` and all files that it lists, at their sizes."""
+    facts = _marked(folder)
+    return facts is not None and all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size for name, (size, _) in facts.items()
+    )
+
+
+def changed_file(folder: Path) -> str | None:
+    """Find a file of a complete checkpoint that is not what was written, by its checksum, which reads all of them.
+
+    Returns:
+        Its name; None where all are as they were, or the checkpoint is of an earlier version without checksums.
+    """
+    facts = _marked(folder) or {}
+    return next((name for name, (_, sha256) in facts.items() if sha256 and _sha256(folder / name) != sha256), None)
+
+
+def _marked(folder: Path) -> dict[str, tuple[int, str | None]] | None:
+    """Read the size and checksum of each file that the mark of a checkpoint lists; None where there is no such mark."""
     try:
-        sizes = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+        facts = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        # Earlier versions wrote sizes alone.
+        return {
+            name: (each, None) if isinstance(each, int) else (int(each["bytes"]), str(each["sha256"]))
+            for name, each in facts.items()
+        }
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        return None  # not there, or damaged itself
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_READ_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 class CheckpointKeeper(TrainerCallback):
@@ -91,7 +136,14 @@ class CheckpointKeeper(TrainerCallback):
         if self.every_steps and state.global_step % self.every_steps == 0:
             control.should_save = True
 
-    def on_save(self, args, state, control, **kwargs) -> None:
+    def on_save(self, args, state, control, model: nn.Module | None = None, **kwargs) -> None:
+        """Mark the checkpoint as whole.
+
+        Raises:
+            FloatingPointError: If its weights are not finite, so that it is none to go on from.
+        """
+        if model is not None:
+            self._check_weights(model, state.global_step)
         self.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             folder = self.output / f"checkpoint-{state.global_step}"
@@ -102,6 +154,27 @@ class CheckpointKeeper(TrainerCallback):
             delete_oldest(self.output, KEPT_CHECKPOINTS, state.best_global_step)
         self.accelerator.wait_for_everyone()
 
+    def _check_weights(self, model: nn.Module, step: int) -> None:
+        weights = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        # Of a model that the processes share (FSDP), each looks at its part.
+        local = [getattr(each, "_local_tensor", each).detach() for each in weights.values()]
+        finite = torch.stack([each.isfinite().all() for each in local]) if local else torch.ones(1)
+        wrong = self.accelerator.reduce((~finite).sum().float())
+        if wrong:
+            names = [name for name, each in zip(weights, finite.tolist(), strict=False) if not each]
+            raise FloatingPointError(
+                f"{int(wrong)} of the weights' tensors are not finite after optimiser step {step}"
+                f"{', such as ' + names[0] if names else ''}; {last_good(self.output)}. {REMEDY}"
+            )
+
+
+def last_good(output: Path) -> str:
+    """Say which checkpoint in `output` is the last whole one."""
+    whole = [step for step, folder in checkpoint_folders(output).items() if is_complete(folder)]
+    if not whole:
+        return "no checkpoint has been written yet"
+    return f"the weights of step {max(whole)} are in {output}/checkpoint-{max(whole)}"
+
 
 def delete_oldest(output: Path, keep: int, best_step: int | None = None) -> None:
     """Delete checkpoints except the last `keep` ones and that of `best_step`."""
@@ -111,10 +184,17 @@ def delete_oldest(output: Path, keep: int, best_step: int | None = None) -> None
             _delete(steps[step])
 
 
-def discard_unfinished(output: Path) -> None:
-    """Delete checkpoints that are not whole, which a killed run left behind in `output`."""
-    for folder in checkpoint_folders(output).values():
-        if not is_complete(folder):
+def discard_unfinished(output: Path, resumed_from: str | None = None) -> None:
+    """Delete checkpoints that are not whole, which a killed run left behind in `output`.
+
+    Args:
+        output: Folder of the run.
+        resumed_from: Checkpoint that the run goes on from, as `find_checkpoint` found it; later ones, which it passed
+            over, are deleted, too.
+    """
+    last = None if resumed_from is None else _step_of(Path(resumed_from))
+    for step, folder in checkpoint_folders(output).items():
+        if not is_complete(folder) or (last is not None and step > last):
             _delete(folder)
     # Earlier versions wrote checkpoints in a folder "unfinished".
     for name in (DELETED, "unfinished"):
@@ -123,18 +203,20 @@ def discard_unfinished(output: Path) -> None:
 
 def checkpoint_folders(output: Path) -> dict[int, Path]:
     """Find the folders of checkpoints in `output`, whole or not, by their optimiser step."""
-    folders = {}
-    for folder in output.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if match and folder.is_dir():
-            folders[int(match[1])] = folder
-    return folders
+    steps = {folder: _step_of(folder) for folder in output.glob("checkpoint-*") if folder.is_dir()}
+    return {step: folder for folder, step in steps.items() if step is not None}
+
+
+def _step_of(folder: Path) -> int | None:
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else None
 
 
 def find_checkpoint(output: Path, resume: bool) -> str | None:
     """Find the folder of the last whole checkpoint in `output`; None where there is none.
 
-    One that is not whole, such as a copy that was broken off, is passed over with a line on stderr.
+    One that is not whole, such as a copy that was broken off, or whose files are others than were written, is passed
+    over with a line on stderr.
 
     Raises:
         ValueError: If there is a checkpoint, whole or not, but the run is not to be resumed.
@@ -145,85 +227,36 @@ def find_checkpoint(output: Path, resume: bool) -> str | None:
             f"{output} holds {folders[max(folders)].name}; pass --resume to continue, or choose another folder."
         )
     for step in sorted(folders, reverse=True):
-        if is_complete(folders[step]):
+        fault = "is incomplete" if not is_complete(folders[step]) else None
+        changed = None if fault else changed_file(folders[step])
+        if changed:
+            fault = f"is damaged ({changed} is not what was written)"
+        if fault is None:
             return str(folders[step])
-        print(f"{folders[step]} is incomplete and is passed over.", file=sys.stderr)
+        warn_once(f"{folders[step]} {fault} and is passed over.")
+    if folders:
+        warn_once(f"No whole checkpoint is left in {output}; the run begins anew.")
     return None
 
 
-def check_same_run(recipe: Recipe, path: Path, circumstances: Mapping[str, Any] | None = None) -> None:
-    """Refuse to continue a run by another recipe, or in other circumstances.
-
-    Args:
-        path: The run's `recipe.json`; nothing is checked where it does not exist.
-        circumstances: What else the result depends on, by its name there, as JSON gives it back: the data and the
-            processes. What the file does not have, being of an earlier version, is not checked.
-
-    Raises:
-        ValueError: If something that the result depends on has another value there.
-    """
-    if not path.is_file():
-        return
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    free = free_fields(recipe)
-    changed = {
-        name: values for name, values in changed_fields(saved["recipe"], as_json(recipe)).items() if name not in free
-    }
-    for name, now in (circumstances or {}).items():
-        if saved.get(name, now) != now:
-            changed[name] = [saved[name], now]
-    if changed:
-        values = "; ".join(f"{name}={now!r}, there {before!r}" for name, (before, now) in changed.items())
-        raise ValueError(
-            f"Got --resume with something else than in {path}: {values}. Continue with the same, or begin in another "
-            "folder, there from these weights with start_from=CHECKPOINT if they are wanted."
-        )
-
-
-def free_fields(recipe: Recipe) -> set[str]:
-    """Return the fields of a recipe that may change between the sessions of one run without changing its result."""
-    free = set(FREE_FIELDS)
-    if recipe.data.streaming:
-        free.remove("num_workers")  # each of them reads a part of the stream
-    if recipe.evaluation.keep_best or recipe.evaluation.early_stopping:
-        free.remove("evaluate_every_epochs")
-    return free
-
-
-def changed_fields(before: dict, now: dict) -> dict[str, list]:
-    """Return the values before and now of the fields that differ, by their short names.
-
-    Those that `before`, of a run that began with an earlier version, lacks had their default.
-    """
-    defaults = {
-        field.name: json.loads(json.dumps(field.default))
-        for kind in SECTIONS.values()
-        for field in dataclasses.fields(kind)
-        if field.default is not dataclasses.MISSING
-    }
-    before, now = defaults | _without_sections(before), _without_sections(now)
-    return {name: [before.get(name), value] for name, value in now.items() if before.get(name) != value}
-
-
-def as_json(recipe: Recipe) -> dict:
-    """Return the recipe's fields as a JSON file gives them back."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
-
-
-def _without_sections(recipe: dict) -> dict:
-    """Gather all fields of a recipe's JSON in one dict; recipes had no sections once."""
-    flat: dict[str, Any] = {}
-    for name, value in recipe.items():
-        flat |= value if name in SECTIONS else {name: value}
-    return flat
+def warn_once(text: str) -> None:
+    """Print to stderr in the first of all processes that a launcher started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def _delete(folder: Path) -> None:
-    """Take a checkpoint out of sight at once, and then delete its files."""
+    """Take a checkpoint out of sight at once, and then delete its files; on a full disk, in the reverse order."""
     hidden = folder.parent / DELETED / folder.name
-    hidden.parent.mkdir(exist_ok=True)
-    shutil.rmtree(hidden, ignore_errors=True)
-    folder.rename(hidden)
+    try:
+        hidden.parent.mkdir(exist_ok=True)
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.rename(hidden)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        (folder / COMPLETE).unlink(missing_ok=True)
+        hidden = folder
     shutil.rmtree(hidden)
 
 

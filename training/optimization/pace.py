@@ -125,6 +125,9 @@ class PacedTrainer(SegmentationTrainer):
             self.remove_callback(callback)
         self.add_callback(_Pacer(pace, report))
 
+    def has_ended(self, state: transformers.TrainerState) -> bool:
+        return super().has_ended(state) or self.pace.over(state.global_step) >= 1
+
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
         if self.lr_scheduler is None:
             factor = lambda step: rate_when(self.recipe, step, self.pace.over(step))  # noqa: E731
@@ -151,7 +154,12 @@ class _Pacer(transformers.TrainerCallback):
         self.step_began = self.logged_at = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.evaluated_at = (self.pace.over(state.global_step), state.global_step)
+        step, over = state.global_step, self.pace.over(state.global_step)
+        if self.pace.steps and math.isinf(self.pace.ends_at):
+            # A run that goes on is evaluated at the steps at which it would have been if it had not been stopped.
+            step = max((event["step"] for event in state.log_history if "eval_mean_iou" in event), default=0)
+            over = self.pace.over(step)
+        self.evaluated_at = (over, step)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.step_began = self.pace.budget.spent()

@@ -8,10 +8,11 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from transformers import PreTrainedModel, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -22,21 +23,27 @@ from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.windows import CoarseScores, label_map
 
 from ..data import (
+    Collate,
     EpochSampler,
-    EvaluationDataset,
-    FeatureDataset,
     Normalization,
+    Reported,
     StreamingDataset,
+    check_batch,
 )
 from ..evaluation import MeanIoU, sample_picture, spread, write_picture
 from ..recipe import Recipe
+from ..stopping import Stopped, deferred, received, survive
 from .adapters import has_adapters, merge_adapters
 from .averaging import WeightAverage
-from .callbacks import EarlyStopping, EpochSetter, FiniteLoss
-from .checkpoints import CheckpointKeeper, checkpoint_folders, is_complete
+from .callbacks import EarlyStopping, EpochSetter, FiniteLoss, StopAtStep
+from .checkpoints import REMEDY, CheckpointKeeper, changed_file, discard_unfinished, last_good
 from .groups import create_optimizer, create_scheduler, parameter_groups
 from .losses import RecipeLoss
+from .sharding import check_sharding
 from .stochastic_depth import draw, share_stochastic_depth
+
+__all__ = ["SegmentationTrainer", "check_sharding"]
+_NAMED_IMAGES = 20
 
 
 class SegmentationTrainer(transformers.Trainer):
@@ -75,6 +82,7 @@ class SegmentationTrainer(transformers.Trainer):
         self.stochastic_depth = share_stochastic_depth(self.model)
         self.passes = 0
         self.step_loss: Tensor | float = 0.0
+        self.step_names: list[str] = []
         self.add_callback(FiniteLoss(self.check_loss))
         self.average = (
             WeightAverage(self.model, recipe.optimization.average_decay) if recipe.optimization.average_decay else None
@@ -86,20 +94,37 @@ class SegmentationTrainer(transformers.Trainer):
         self.add_callback(
             CheckpointKeeper(self.output, self.accelerator, self.average, recipe.hardware.save_every_steps)
         )
+        self.stop = StopAtStep(self.accelerator)
+        self.add_callback(self.stop)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput | None:
         """Train as `Trainer.train` does; a run that had ended by itself before its last epoch is not trained further.
 
         Returns:
             None where nothing was trained.
+
+        Raises:
+            FloatingPointError: If the loss, or the weights of a checkpoint, are not finite.
+            OSError: If a checkpoint cannot be written.
+            Stopped: If a signal came; the step in which it did is saved.
+            ValueError: If an image cannot be read.
         """
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            if 0 < self.recipe.evaluation.early_stopping <= EarlyStopping.evaluations_without_gain(state):
+            if self.has_ended(state):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
                 return None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with deferred():
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        number = self.stop.number or received()
+        if number is not None:
+            raise Stopped(number, last_good(self.output))
+        return output
+
+    def has_ended(self, state: TrainerState) -> bool:
+        """Whether the run that a checkpoint's state belongs to had ended by itself there."""
+        return 0 < self.recipe.evaluation.early_stopping <= EarlyStopping.evaluations_without_gain(state)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -117,9 +142,10 @@ class SegmentationTrainer(transformers.Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """Return the batches of one step in this process, and the weight of all labels of the step, in all of them."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, _ = super().get_batch_samples(map(check_batch, epoch_iterator), num_batches, device)
         self.passes = 0
         self.step_loss = 0.0
+        self.step_names = [name for batch in batches for name in batch.pop("name", ())]
         weight = sum((self._label_weight(batch["labels"]) for batch in batches), torch.zeros(()))
         return batches, self.accelerator.reduce(weight.to(device))
 
@@ -140,16 +166,14 @@ class SegmentationTrainer(transformers.Trainer):
         loss = float(self.step_loss)
         if math.isfinite(loss):
             return
-        whole = [step for step, folder in checkpoint_folders(self.output).items() if is_complete(folder)]
-        kept = (
-            f"the weights of step {max(whole)} are in {self.output}/checkpoint-{max(whole)}"
-            if whole
-            else ("no checkpoint has been written yet")
-        )
+        names = self.step_names
+        if not names:  # of no stream
+            samples = cast(Any, self.train_dataset).samples
+            names = [samples.name(index) for index in self.train_sampler.of_step(self.state.global_step)]
+        more = f" and {len(names) - _NAMED_IMAGES} more" if len(names) > _NAMED_IMAGES else ""
         raise FloatingPointError(
             f"The loss of optimiser step {self.state.global_step + 1} is {loss}, needed a finite number; the step was "
-            f"not made, and {kept}. Lower learning_rate, add warmup_steps, clip gradients with max_grad_norm, or "
-            "choose another precision, and start a new run, from those weights with start_from=FOLDER."
+            f"not made, and {last_good(self.output)}. Its images are {', '.join(names[:_NAMED_IMAGES])}{more}. {REMEDY}"
         )
 
     def compute_loss(
@@ -212,6 +236,24 @@ class SegmentationTrainer(transformers.Trainer):
             weights = {name: weight.contiguous() for name, weight in self.model.state_dict().items()}
             save_file(weights, folder / SAFE_WEIGHTS_NAME)
 
+    # Not public, but nothing else is around all that a checkpoint consists of.
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, or leave no part of it.
+
+        Raises:
+            OSError: If it cannot be written, as the disk is full; the message names the last whole one.
+        """
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # of which safetensors and torch make others
+            if self.is_world_process_zero():
+                discard_unfinished(self.output)
+            reason = f"{error}".splitlines()[0] if f"{error}" else type(error).__name__
+            raise OSError(
+                f"The checkpoint of optimiser step {self.state.global_step} cannot be written to {self.output} "
+                f"({reason}); {last_good(self.output)}. Make room there, and go on with --resume."
+            ) from error
+
     # Not public, but `Trainer.train` calls nothing else to load a checkpoint, before it prepares the model.
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load every weight of the checkpoint, and their average if the recipe has one.
@@ -242,7 +284,13 @@ class SegmentationTrainer(transformers.Trainer):
         if self.recipe.evaluation.keep_best and self.state.best_global_step:
             # By the number of the step: the folder of a run may have been moved since. `load_best_model_at_end` would
             # pass over weights as `_load_from_checkpoint` says, and over the average.
-            self._load_from_checkpoint(str(self.output / f"checkpoint-{self.state.best_global_step}"))
+            best = self.output / f"checkpoint-{self.state.best_global_step}"
+            if (changed := changed_file(best)) is not None:
+                raise ValueError(
+                    f"{best}, which holds the best weights, is damaged ({changed} is not what was written); put it "
+                    "back from a copy, or pass keep_best=false in a new run."
+                )
+            self._load_from_checkpoint(str(best))
         if self.average:
             self.average.copy_to_model()
         if has_adapters(self.model):
@@ -253,14 +301,15 @@ class SegmentationTrainer(transformers.Trainer):
         if isinstance(self.train_dataset, StreamingDataset):
             return self.train_dataset.loader(self.args.dataloader_num_workers, self.args.dataloader_pin_memory)
         loader = DataLoader(
-            self.train_dataset,
+            Reported(self.train_dataset),
             batch_size=self.args.per_device_train_batch_size,
             sampler=self.train_sampler,
             drop_last=True,
-            collate_fn=self.data_collator,
+            collate_fn=Collate(self.data_collator),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_num_workers > 0,
+            worker_init_fn=survive,
         )
         return self.accelerator.prepare(loader)
 
@@ -271,12 +320,14 @@ class SegmentationTrainer(transformers.Trainer):
         """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         rank, num_processes = (0, 1) if self.is_fsdp_enabled else (self.args.process_index, self.args.world_size)
-        share = Subset(dataset, range(rank, len(dataset), num_processes))
+        share = Subset(Reported(dataset), range(rank, len(dataset), num_processes))
         return DataLoader(
             share,
             batch_size=1,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            collate_fn=Collate(default_collate),
+            worker_init_fn=survive,
         )
 
     @torch.no_grad()
@@ -304,7 +355,7 @@ class SegmentationTrainer(transformers.Trainer):
         if self.is_world_process_zero() and self.recipe.evaluation.sample_pictures:
             shown = spread(len(share), self.recipe.evaluation.sample_pictures)
         with self.average.applied() if self.average else nullcontext():
-            for position, batch in enumerate(dataloader):
+            for position, batch in enumerate(map(check_batch, dataloader)):
                 input_size = {"input_size": batch.pop("input_size")} if "input_size" in batch else {}
                 batch = self._prepare_inputs(batch) | input_size  # which the host needs
                 labels = batch.pop("labels")
@@ -337,35 +388,10 @@ class SegmentationTrainer(transformers.Trainer):
     def _show(self, share: Subset, position: int, labels: Tensor, prediction: Tensor) -> None:
         """Write the picture of one image of this process's share, also to TensorBoard where that is reported to."""
         index = share.indices[position]
-        samples = cast(EvaluationDataset | FeatureDataset, share.dataset).samples
+        samples = cast(Any, share.dataset).dataset.samples
         title = f"{Path(samples.name(index)).name} ({index}), step {self.state.global_step}"
-        picture = sample_picture(samples[index]["image"], labels, prediction, title, self.model.config.id2label)
+        image = samples.read_or_blank(index)["image"]
+        picture = sample_picture(image, labels, prediction, title, self.model.config.id2label)
         boards = [each for each in self.callback_handler.callbacks if isinstance(each, TensorBoardCallback)]
         writers = [each.tb_writer for each in boards if each.tb_writer is not None]
         write_picture(picture, self.output, self.state.global_step, index, writers)
-
-
-def check_sharding(recipe: Recipe, fsdp_version: int) -> None:
-    """Refuse what does not work with a model that the processes share (FSDP).
-
-    Raises:
-        ValueError: If it is FSDP's first version, or the recipe asks for what needs the whole model in each process.
-    """
-    if fsdp_version < 2:
-        raise ValueError(
-            "Got FSDP of the first version, which `accelerate launch --use_fsdp` means by itself; needed is the "
-            "second: launch with `accelerate launch --use_fsdp --fsdp_version 2 ...`."
-        )
-    optimization, model = recipe.optimization, recipe.model
-    asked = {
-        "average_decay": optimization.average_decay,
-        "lora_rank": model.lora_rank,
-        "cache_features": recipe.data.cache_features,
-        "keep_best": recipe.evaluation.keep_best,
-    }
-    names = [name for name, value in asked.items() if value]
-    if names:
-        raise ValueError(
-            f"Got {' and '.join(names)} for a model that the processes share (FSDP); leave it out, or launch without "
-            "FSDP, so that every process holds the model."
-        )
