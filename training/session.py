@@ -115,13 +115,13 @@ def train_own_classes(arguments: argparse.Namespace, started: float) -> None:
     history = read_history(arguments.output) if saved else []
     seconds = math.inf if asked["minutes"] is None else 60 * asked["minutes"]
     budget = Budget(seconds, history[-1]["seconds"] if history else 0.0, started=started)
-    set_seed(0)
 
     fields = _fields_of_data(overrides)
     names = None if arguments.classes is None else tuple(name.strip() for name in arguments.classes.split(","))
     opened = open_data(arguments.data, names, **fields)
     print(opened)
     data = describe_data(opened)
+    set_seed(0)  # after the data, which draw random numbers where they are read for the first time
     start = start_from(arguments.source, opened.class_names, arguments.decoder)
     start_lines = start.describe()
     print("\n".join(start_lines))

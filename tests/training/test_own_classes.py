@@ -1,6 +1,9 @@
 """`depict train` on made photographs and a tiny backbone: what it writes, going on after a kill, refusals."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import Dinov2Backbone, Dinov2Config
 
 from depict_hf.loading import load_model
@@ -137,6 +141,49 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, backbone, tmp_path,
     assert events[-1]["seconds"] > spent and events[-1]["stage"] == "evaluation"
     assert train(data, output, backbone, "--max-steps", "100", "--resume") == 0
     assert "is finished" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(data, backbone, tmp_path, monkeypatch, capsys):
+    """Stopped in each stage at steps that are not evaluated; not with other data, which would end otherwise."""
+    data = shutil.copytree(data, tmp_path / "data")
+    assert train(data, tmp_path / "whole", backbone, "--max-steps", "50") == 0
+    stops = [("freeze", 13), ("move", 17)]
+    compute_loss = PacedTrainer.compute_loss
+
+    def stop(self, *args, **kwargs):
+        encoder = "freeze" if self.recipe.model.freeze_encoder else "move"
+        if stops and (encoder, self.state.global_step) == stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(PacedTrainer, "compute_loss", stop)
+    output = tmp_path / "stopped"
+    assert train(data, output, backbone, "--max-steps", "50") == 143
+    assert (output / "work" / "1-decoder" / "checkpoint-14" / "complete.json").is_file()
+    event = json.loads((output / "history.jsonl").read_text().splitlines()[-1])
+    assert (event["stage"], event["step"]) == ("decoder", 14)
+    mask = data / "train" / "masks" / "3.png"
+    kept = mask.read_bytes()
+    Image.fromarray(np.ones((28, 42), np.uint8)).save(mask)
+    assert train(data, output, backbone, "--max-steps", "50", "--resume") == 1
+    assert "Got --resume with other data than in" in capsys.readouterr().err
+    mask.write_bytes(kept)
+    assert train(data, output, backbone, "--max-steps", "50", "--resume") == 143
+    assert not stops
+    message = capsys.readouterr().err
+    assert "work/2-fine-tuning/checkpoint-18; go on with: python -m training.own_classes" in message
+    assert train(data, output, backbone, "--max-steps", "50", "--resume") == 0
+    whole, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(stopped[name], each) for name, each in whole.items())
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"asked": {}, "start": [], "plan": {"stages": [3]}}', "{" * 100_000])
+def test_a_damaged_record_is_refused(text, data, backbone, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(text)
+    assert train(data, tmp_path, backbone, "--max-steps", "50", "--resume") == 1
+    message = capsys.readouterr().err
+    assert "run.json is no record of a run (" in message or "Got --resume with other settings than in" in message
 
 
 def test_curves_are_left_out_with_a_line_where_matplotlib_is_missing(tmp_path, monkeypatch, capsys):

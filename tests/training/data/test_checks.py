@@ -14,6 +14,7 @@ from training.data import inspection
 from training.data.checks import describe_classes, inspect_samples, label_encoding, open_samples
 from training.data.layouts import Splits
 from training.data.loading import load_dataset_splits
+from training.data.reading import UnreadableImageError
 from training.data.samples import SegmentationDataset, count_pixels
 
 NAMES = ("road", "car", "sky")
@@ -135,6 +136,31 @@ def test_data_are_read_once_for_each_of_their_states(folder, monkeypatch):
         open_samples(load_dataset_splits(folder), "train", NAMES)
     (folder / "train" / "1.jpg").write_bytes(data)
     assert len(open_samples(load_dataset_splits(folder), "train", NAMES)) == 6
+
+
+def test_what_could_not_be_read_is_looked_at_again(folder, monkeypatch):
+    """A folder of the network that was away for a moment must not leave an image out for ever."""
+    read_ids, away = inspection.read_ids, ["1.jpg"]
+
+    def read(photograph, label_map):
+        if os.path.basename(photograph["path"]) in away:
+            raise UnreadableImageError("the network is away")
+        return read_ids(photograph, label_map)
+
+    monkeypatch.setattr(inspection, "read_ids", read)
+    for names in (["1.jpg"], ["1.jpg"], []):
+        away[:] = names
+        samples = open_samples(load_dataset_splits(folder), "train", NAMES, skip_unreadable=True)
+        assert [os.path.basename(name) for name in samples.left_out] == names
+        assert len(samples) == 6 - len(names)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"unreadable": []}', "null"])
+def test_what_was_kept_of_a_reading_may_be_damaged(folder, datasets_cache, damage):
+    first = open_samples(load_dataset_splits(folder), "train", NAMES)
+    [kept] = (datasets_cache / "depict_checks").glob("*.json")
+    kept.write_text(damage)
+    assert open_samples(load_dataset_splits(folder), "train", NAMES).pixels.tolist() == first.pixels.tolist()
 
 
 def test_images_in_the_dataset_itself_are_named_where_they_have_names():

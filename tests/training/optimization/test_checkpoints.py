@@ -13,6 +13,7 @@ from transformers import TrainerState
 
 from training.optimization.checkpoints import (
     CheckpointKeeper,
+    changed_file,
     check_same_run,
     discard_unfinished,
     find_checkpoint,
@@ -160,3 +161,69 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage, capsys):
         (folder / "complete.json").write_text('{"wei')
     assert find_checkpoint(tmp_path, resume=True) == whole
     assert "checkpoint-2 is incomplete and is passed over" in capsys.readouterr().err
+
+
+def written(folder, **files: bytes):
+    folder.mkdir(parents=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    mark_complete(folder)
+    return folder
+
+
+@pytest.mark.parametrize("place", [0, 500, 999])
+def test_a_checkpoint_that_changed_since_is_passed_over_by_its_checksum(tmp_path, place, capsys):
+    """One bit, so that sizes say nothing; it goes when the run goes on, as its step will be written again."""
+    good = written(tmp_path / "checkpoint-3", weights=bytes(1000))
+    damaged = written(tmp_path / "checkpoint-5", weights=bytes(1000), optimizer=b"ok")
+    data = bytearray(1000)
+    data[place] ^= 64
+    (damaged / "weights").write_bytes(data)
+    assert is_complete(damaged) and changed_file(damaged) == "weights" and changed_file(good) is None
+    assert find_checkpoint(tmp_path, resume=True) == str(good)
+    assert "checkpoint-5 is damaged (weights is not what was written) and is passed over" in capsys.readouterr().err
+    discard_unfinished(tmp_path, str(good))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_without_a_good_checkpoint_it_is_said_that_a_run_begins_anew(tmp_path, capsys):
+    (written(tmp_path / "checkpoint-3", weights=b"abc") / "weights").write_bytes(b"abd")
+    assert find_checkpoint(tmp_path, resume=True) is None
+    assert f"No whole checkpoint is left in {tmp_path}; the run begins anew." in capsys.readouterr().err
+
+
+def test_checkpoints_of_earlier_versions_have_sizes_only(tmp_path):
+    folder = written(tmp_path / "checkpoint-3", weights=b"abc")
+    (folder / "complete.json").write_text(json.dumps({"weights": 3}))
+    assert find_checkpoint(tmp_path, resume=True) == str(folder)
+    (folder / "weights").write_bytes(b"ab")
+    assert find_checkpoint(tmp_path, resume=True) is None
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "[]",
+        "7",
+        "[" * 100_000,
+        "\x00",
+        '{"weights": "x"}',
+        '{"weights": {"bytes": 3}}',
+        '{"weights": {"bytes": null, "sha256": ""}}',
+        '{"weights": {"bytes": 4, "sha256": "ab"}}',
+    ],
+)
+def test_a_damaged_mark_is_none(tmp_path, mark):
+    folder = written(tmp_path / "checkpoint-3", weights=b"abc")
+    (folder / "complete.json").write_text(mark)
+    assert not is_complete(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"recipe": 3}', '{"recipe": {"data": 3}}', '{"recipe": {}, "sessions": 4}', "[" * 100_000]
+)
+def test_a_damaged_record_is_refused(tmp_path, text):
+    path = tmp_path / "recipe.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"recipe.json is no record of a run \(.*put it back from a copy"):
+        check_same_run(camvid_dinov2_small("sa"), path)
