@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
-from .ranges import MOST_LAYERS, MOST_SIZE, check_nested, check_number, check_whole
+from .ranges import MOST_LAYERS, MOST_SIZE, check_nested, check_number, check_whole, shown
 
 # The label of pixels without a class, in label maps and in the loss.
 IGNORE_LABEL = 255
@@ -52,7 +52,7 @@ def _plain_errors(cls):
             try:
                 method(self, *args, **kwargs)
             except StrictDataclassError as error:
-                raise ValueError(" ".join(str(error).split())) from error
+                raise ValueError(" ".join(str(error).split())[:400]) from error
 
         return call
 
@@ -252,7 +252,7 @@ class DepictConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             self._check_probability(name)
         if self.hidden_act not in ACT2FN:
-            raise ValueError(f"Unknown hidden_act={self.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
+            raise ValueError(f"Unknown hidden_act={shown(self.hidden_act)}; choose one of {', '.join(sorted(ACT2FN))}.")
         if not 0 < self.layer_norm_eps <= 1:
             raise ValueError(
                 f"layer_norm_eps={self.layer_norm_eps} must be positive and at most 1; the published models use 1e-5."
@@ -263,7 +263,7 @@ class DepictConfig(PreTrainedConfig):
                 "change one of them."
             )
         if not isinstance(self.image_size, int) and len(self.image_size) != 2:
-            raise ValueError(f"image_size={self.image_size} must be one number of pixels or (height, width).")
+            raise ValueError(f"image_size={shown(self.image_size)} must be one number of pixels or (height, width).")
         for side in (self.image_size,) if isinstance(self.image_size, int) else self.image_size:
             check_whole("image_size", side)
         if min(self.grid_size) < 1:
@@ -274,7 +274,9 @@ class DepictConfig(PreTrainedConfig):
 
     def _check_decoder(self) -> None:
         if self.decoder_type not in DECODER_TYPES:
-            raise ValueError(f"Unknown decoder_type={self.decoder_type!r}; choose one of {', '.join(DECODER_TYPES)}.")
+            raise ValueError(
+                f"Unknown decoder_type={shown(self.decoder_type)}; choose one of {', '.join(DECODER_TYPES)}."
+            )
         if self.num_labels < 2 and self.decoder_type != "linear":
             raise ValueError(
                 f"num_labels={self.num_labels}, but decoder_type={self.decoder_type!r} normalises over the classes and "
@@ -342,12 +344,14 @@ class DepictConfig(PreTrainedConfig):
             settable = found is None or (isinstance(found, property) and found.fset is not None)
             if not settable and name != "model_type":
                 raise ValueError(f"{name!r} is no setting, but belongs to the class DepictConfig; remove it.")
+        if self.id2label is not None and not isinstance(self.id2label, dict):
+            raise ValueError(f"id2label={shown(self.id2label)} must be names by id.")
         check_nested("settings", {name: value for name, value in further.items() if name != "name_or_path"})
         if further.get("num_labels") is not None:
             check_whole("num_labels", further["num_labels"])
         for dtype in (self.dtype, further.get("torch_dtype")):
             if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
-                raise ValueError(f"Unknown dtype={dtype!r}; choose float32, bfloat16 or float16.")
+                raise ValueError(f"Unknown dtype={shown(dtype)}; choose float32, bfloat16 or float16.")
 
     def _check_positive(self, name: str, most: int = MOST_SIZE) -> None:
         check_whole(name, getattr(self, name), 1, most)
@@ -367,7 +371,7 @@ def _backbone_config(settings: dict[str, Any]) -> PreTrainedConfig:
         )
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or "timm" in model_type:
         raise ValueError(
-            f"`backbone_config` has model_type={model_type!r}, which transformers has no backbone of itself for; "
+            f"`backbone_config` has model_type={shown(model_type)}, which transformers has no backbone of itself for; "
             'choose one that it has, such as "dinov2".'
         )
     check_nested("backbone_config", settings)
@@ -376,7 +380,7 @@ def _backbone_config(settings: dict[str, Any]) -> PreTrainedConfig:
     # Every architecture has checks, and errors, of its own.
     except Exception as error:
         raise ValueError(
-            f"`backbone_config` is no configuration of {model_type!r}: {' '.join(str(error).split())}."
+            f"`backbone_config` is no configuration of {model_type!r}: {' '.join(str(error).split())[:400]}."
         ) from error
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .configuration_depict import DepictConfig
-from .encoder_weights import load_encoder, load_exactly, read_weights
+from .encoder_weights import check_exactly, load_encoder, load_exactly, read_weights
 from .image_processing_depict import DepictImageProcessor
 from .labels import class_names as class_names_of
 from .labels import read_class_names
@@ -19,10 +20,14 @@ from .published_files import (
     SUBSPACE_DIM,
     config_fields,
     count_classes,
+    doubts,
+    not_read,
     read_checkpoint,
     read_variant,
     rename_parameters,
 )
+from .ranges import check_whole
+from .weight_files import check_finite
 
 __all__ = [
     "MASK_TRANSFORMER_HEAD_DIM",
@@ -70,7 +75,8 @@ class Conversion:
         image_processor: Carries, with the model's window, the protocol.
         report: Lines for people: decoder, classes and where their names are from, encoder, protocol and where it is
             from, parameters that were dropped.
-        warning: Why the protocol is not that of published figures although it was asked for; None where it is.
+        warning: Why the protocol is not that of published figures although it was asked for, and what
+            `published_files.doubts` says of the variant; None where there is nothing.
     """
 
     model: DepictForSemanticSegmentation
@@ -140,8 +146,10 @@ def convert_with_report(
             )
     if protocol not in PROTOCOLS:
         raise ValueError(f"Got protocol={protocol!r}, needed one of {', '.join(PROTOCOLS)}.")
-    if im_size is not None and im_size < 1:
-        raise ValueError(f"Got im_size={im_size}, needed a positive number of pixels.")
+    if im_size is not None:
+        if not isinstance(im_size, int) or im_size < 1:
+            raise ValueError(f"Got im_size={im_size!r}, needed a positive number of pixels.")
+        check_whole("im_size", im_size)
     state_dict = read_checkpoint(checkpoint)
     settings = read_variant(variant)
     fields = config_fields(state_dict, settings)
@@ -152,8 +160,13 @@ def convert_with_report(
     size = reading.pop("size")
     image_processor = _image_processor_from(settings, size, rounded=protocol == "published")
     config = DepictConfig(**fields, **reading, **labels)
+    renamed = rename_parameters(state_dict)
+    # Before memory is taken for sizes that only one of the weights may have.
+    with torch.device("meta"):
+        check_exactly(DepictForSemanticSegmentation(config), renamed)
     model = DepictForSemanticSegmentation(config)
-    load_exactly(model, rename_parameters(state_dict))
+    load_exactly(model, renamed)
+    check_finite(model.state_dict().items(), str(checkpoint))
 
     dropped = sorted(name for name in state_dict if not rename_parameters({name: state_dict[name]}))
     report = (
@@ -165,7 +178,9 @@ def convert_with_report(
         f"protocol: {protocol}, from {protocol_from}: size {size}, window_size {config.window_size}, window_stride "
         f"{config.window_stride}",
         f"parameters dropped: {', '.join(dropped) or 'none'}",
+        f"settings not read: {', '.join(not_read(settings)) or 'none'}",
     )
+    warning = " ".join(([warning] if warning else []) + doubts(settings, num_labels)) or None
     return Conversion(model.eval(), image_processor, report, warning)
 
 
@@ -228,7 +243,7 @@ def _dataset(settings: dict, num_labels: int) -> str | None:
     """Name the data set that the variant names or, if it names none, the published one with as many classes."""
     named = settings.get("dataset_kwargs", {}).get("dataset")
     if named is not None:
-        return named
+        return str(named)
     return next((name for name in PUBLISHED_SIZES if len(class_names_of(name)) == num_labels), None)
 
 
@@ -271,6 +286,7 @@ def _reading(
         return {"size": _shortest(side), **windows}, "inference_kwargs of the variant", None
     # The published code trains on squares of the size that it builds the encoder for.
     crop_size = training.get("crop_size", np.min(settings["net_kwargs"].get("image_size", 0)).item())
+    check_whole("crop_size of variant.yml", crop_size)
     if dataset in PUBLISHED_SIZES:
         return published_protocol(dataset, crop_size, im_size), f"the settings published for {dataset}", None
     side = im_size or training.get("image_size", validation.get("im_size"))
@@ -286,15 +302,16 @@ def _reading(
 
 
 def _shortest(side: object) -> dict[str, int]:
-    if not isinstance(side, int):
+    if not isinstance(side, int) or isinstance(side, bool):
         raise ValueError(f"variant.yml has image_size or im_size {side!r}, needed a number of pixels; give im_size.")
+    check_whole("image_size or im_size of variant.yml", side)
     return {"shortest_edge": side}
 
 
 def _image_processor_from(settings: dict, size: dict[str, int], rounded: bool) -> DepictImageProcessor:
     """Build the image processor of `size` with the variant's normalisation, rounded as published or not."""
     kind = settings.get("dataset_kwargs", {}).get("normalization", settings["net_kwargs"].get("normalization"))
-    if kind not in NORMALIZATIONS:
+    if not isinstance(kind, str) or kind not in NORMALIZATIONS:
         raise ValueError(f"variant.yml has normalization={kind!r}, needed one of {', '.join(NORMALIZATIONS)}.")
     mean, std = published_normalization(kind) if rounded else map(list, NORMALIZATIONS[kind])
     return DepictImageProcessor(size=size, image_mean=mean, image_std=std)

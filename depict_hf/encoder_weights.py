@@ -1,7 +1,6 @@
 """Weights of pretrained vision transformers, of timm or transformers, into the native encoder."""
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +9,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .modeling_depict import DepictForSemanticSegmentation
 from .vit import ViTEmbeddings, ViTEncoder, resize_positions
+from .weight_files import check_archive, check_finite, load_checked, one_line
+
+# Types of parameters, as torch writes them.
+FLOATS = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
 
 # Parameter names of timm's VisionTransformer, which the published code took over, and ours; each row is a full match;
 # None drops the parameter (ImageNet classifiers).
@@ -84,7 +86,7 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
 
     Raises:
         OSError: If there is no such file or repository.
-        ValueError: If a pickle holds more than tensors.
+        ValueError: If the file is damaged, holds more than tensors, or values that are NaN or infinite.
     """
     path = Path(source)
     if path.is_dir():
@@ -92,9 +94,10 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
     elif not path.is_file():
         path = Path(hf_hub_download(str(source), "model.safetensors"))
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return load_checked(path)
     content = load_data(path)
-    return dict(content["model"]) if isinstance(content.get("model"), dict) else content
+    nested = isinstance(content, dict) and isinstance(content.get("model"), dict)
+    return check_tensors(content["model"] if nested else content, path)
 
 
 def _fit_positions(positions: Tensor, embeddings: ViTEmbeddings) -> Tensor:
@@ -120,13 +123,42 @@ def load_data(path: str | Path) -> Any:
     scalar = np.float64(0).__reduce__()[0]
     numbers = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     kinds: list[Any] = [np.dtype, *{type(np.dtype(kind)) for kind in ("?", "i4", "i8", "u1", "f2", "f4", "f8")}]
+    check_archive(path)
     try:
         with torch.serialization.safe_globals([*numbers, *kinds]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except OSError:
+        raise
+    # Of a damaged file, the reader raises errors of any kind.
+    except Exception as error:
         raise ValueError(
-            f"{path} is no pickle of tensors and plain values, or holds code, which is never run: {error}"
+            f"{path} is no pickle of tensors and plain values, is damaged, or holds code, which is never run: "
+            f"{one_line(error, 200)}"
         ) from error
+
+
+def check_tensors(tensors: Any, path: str | Path) -> dict[str, Tensor]:
+    """Return what a file holds, if that is dense numbers by name, all finite and none larger than the file.
+
+    Raises:
+        ValueError: If it is anything else; names the tensor.
+    """
+    if not isinstance(tensors, dict) or not tensors:
+        raise ValueError(f"{path} holds a {type(tensors).__name__} of weights, needed tensors by name.")
+    size = Path(path).stat().st_size
+    for name, value in tensors.items():
+        kind = f"{value.dtype} {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+        if not isinstance(name, str) or kind.partition(" ")[0] not in FLOATS or not kind.endswith("torch.strided"):
+            raise ValueError(
+                f"{path} holds {one_line(repr(name), 100)} as {kind}, needed dense floating-point tensors."
+            )
+        if value.is_meta or value.numel() * value.itemsize > min(value.untyped_storage().nbytes(), size):
+            raise ValueError(
+                f"{path} holds {name} of shape {tuple(value.shape)}, of which it has less numbers than that; copy or "
+                "download it again."
+            )
+    check_finite(tensors.items(), str(path))
+    return dict(tensors)
 
 
 def rename_by(state_dict: Mapping[str, Tensor], table: list[tuple[str, str | None]], source: str) -> dict[str, Tensor]:
@@ -145,7 +177,12 @@ def rename_by(state_dict: Mapping[str, Tensor], table: list[tuple[str, str | Non
             match = re.fullmatch(pattern, name)
             if match:
                 if replacement is not None:
-                    renamed[match.expand(replacement)] = value
+                    ours = match.expand(replacement)
+                    if ours in renamed:
+                        raise ValueError(
+                            f"Several parameters are {ours}, among them {name}; needed those of one model."
+                        )
+                    renamed[ours] = value
                 break
         else:
             unknown.append(name)
@@ -166,6 +203,12 @@ def _join_qkv(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load_exactly(module: torch.nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Load parameters, in place, none of which is missing, left over or of another shape; ValueError else."""
+    check_exactly(module, state_dict)
+    module.load_state_dict(state_dict)
+
+
+def check_exactly(module: torch.nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Raise ValueError where parameters of a module are missing, left over or of another shape; it needs no values."""
     own = module.state_dict()
     problems = [f"missing {name}" for name in own.keys() - state_dict.keys()]
     problems += [f"left over {name}" for name in state_dict.keys() - own.keys()]
@@ -176,4 +219,3 @@ def load_exactly(module: torch.nn.Module, state_dict: dict[str, Tensor]) -> None
     ]
     if problems:
         raise ValueError(f"The weights do not fit the model: {'; '.join(sorted(problems)[:10])}.")
-    module.load_state_dict(state_dict)

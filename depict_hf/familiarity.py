@@ -17,13 +17,14 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from transformers.utils import cached_file
 
 from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import DepictForSemanticSegmentation
 from .vit import LayerRecord
+from .weight_files import load_checked, one_line, seal
 from .writing import write_whole
 
 FILE_NAME = "familiarity.safetensors"
@@ -72,6 +73,11 @@ class Familiarity:
 
     def distance(self, vector: Tensor) -> float:
         """Return how far a vector `(hidden,)` is from the training images, which themselves have about 1."""
+        if vector.shape != self.mean.shape:
+            raise ValueError(
+                f"Got a vector of shape {tuple(vector.shape)}, but {FILE_NAME} was fitted to {tuple(self.mean.shape)}; "
+                "it belongs to another model: fit it to the training images again."
+            )
         centred = vector.to(self.mean) - self.mean
         along = self.directions @ centred
         across = centred.square().sum() - along.square().sum()
@@ -93,11 +99,17 @@ class Familiarity:
 
     def save(self, folder: str | Path) -> None:
         """Write `FILE_NAME` into a model's folder."""
-        write_whole(save({name: getattr(self, name) for name in self.__dataclass_fields__}), Path(folder) / FILE_NAME)
+        path = Path(folder) / FILE_NAME
+        write_whole(save({name: getattr(self, name) for name in self.__dataclass_fields__}), path)
+        seal(path)
 
 
 def load_familiarity(model: str | Path) -> Familiarity | None:
-    """Load what a model's folder or Hub repository keeps of its training images; None where it keeps nothing."""
+    """Load what a model's folder or Hub repository keeps of its training images; None where it keeps nothing.
+
+    Raises:
+        ValueError: If the file is damaged, or holds anything else.
+    """
     path = cached_file(
         str(model),
         FILE_NAME,
@@ -105,7 +117,25 @@ def load_familiarity(model: str | Path) -> Familiarity | None:
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if path is None else Familiarity(**load_file(path))
+    return None if path is None else _checked(load_checked(path), path)
+
+
+def _checked(tensors: dict[str, Tensor], path: str) -> Familiarity:
+    """Return what a file holds, if its tensors fit each other and can be what they are called; ValueError else."""
+    names = set(Familiarity.__dataclass_fields__)
+    if set(tensors) != names:
+        raise ValueError(f"{path} holds {one_line(repr(sorted(tensors)), 200)}, needed {sorted(names)}.")
+    directions, hidden = tensors["directions"].shape if tensors["directions"].ndim == 2 else (-1, -1)
+    shapes = {"mean": (hidden,), "directions": (directions, hidden), "variances": (directions,)}
+    for name, value in tensors.items():
+        if value.shape != shapes.get(name, ()) or not value.is_floating_point():
+            raise ValueError(
+                f"{path} holds {name} of shape {tuple(value.shape)} and {value.dtype}, needed floating point of shape "
+                f"{shapes.get(name, ())}; fit it to the training images again."
+            )
+        if name in ("variances", "rest", "threshold") and not (value > 0).all():
+            raise ValueError(f"{path} holds {name} that is not positive; fit it to the training images again.")
+    return Familiarity(**tensors)
 
 
 @torch.inference_mode()

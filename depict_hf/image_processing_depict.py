@@ -17,6 +17,7 @@ from transformers.utils import TensorType
 
 from .configuration_depict import IGNORE_LABEL
 from .photo_files import MAX_PHOTO_PIXELS, check_resized, decoding, grey_or_colored, read_image
+from .ranges import check_image_settings, check_whole
 from .resampling import resize_bilinear, size_of
 from .windows import CoarseScores, label_map
 
@@ -220,15 +221,18 @@ class DepictImageProcessor(TorchvisionBackend):
 
     def _standardize_kwargs(self, **kwargs) -> dict:
         """Refuse settings that this processor would not act on; called at construction and at each call."""
+        check_image_settings(kwargs)
         kwargs = super()._standardize_kwargs(**kwargs)
         size = kwargs["size"]
-        if size is not None and (set(dict(size)) not in SIZE_KEYS or min(dict(size).values()) < 1):
+        if size is not None and set(dict(size)) not in SIZE_KEYS:
             raise ValueError(
                 f"Got size={dict(size)}; needed are positive pixels under the keys 'shortest_edge', or "
                 "'shortest_edge' and 'longest_edge', or 'height' and 'width'."
             )
-        if kwargs.get("max_photo_pixels", 1) < 1:
-            raise ValueError(f"Got max_photo_pixels={kwargs['max_photo_pixels']}, needed at least 1.")
+        if kwargs.get("max_photo_pixels") is not None:
+            check_whole("Got max_photo_pixels", kwargs["max_photo_pixels"], -(2**40), 2**40)
+            if kwargs["max_photo_pixels"] < 1:
+                raise ValueError(f"Got max_photo_pixels={kwargs['max_photo_pixels']}, needed at least 1.")
         if kwargs.get("do_center_crop") or kwargs.get("do_pad"):
             raise ValueError(
                 "Got do_center_crop or do_pad, but images are neither cropped nor padded (the model pads); set `size`."

@@ -8,12 +8,18 @@ from typing import cast
 import yaml
 from torch import Tensor
 
-from .encoder_weights import TIMM_NAMES, load_data, rename_by
+from .configuration_depict import ENCODER_PRESETS
+from .encoder_weights import TIMM_NAMES, check_tensors, load_data, rename_by
+from .ranges import MOST_DEPTH, MOST_ENTRIES, check_nested, check_whole, shown
+from .weight_files import one_line
 
 # Dimension of one head, fixed in the published code: model/decoder.py in QishuaiWen/DEPICT@6c66e2b ("sa" and "ca";
 # "cbsa" has the same), segm/model/factory.py in rstrudel/segmenter@20d1bfa ("mask_transformer").
 SUBSPACE_DIM = 100
 MASK_TRANSFORMER_HEAD_DIM = 64
+
+# Bytes of a `variant.yml`, of which published ones have less than 2000.
+LONGEST_VARIANT = 2**16
 
 # Published name to ours, each row a full match; None drops the parameter (ImageNet classifiers, never used).
 _PUBLISHED_NAMES = [
@@ -54,9 +60,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """
     content = load_data(path)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        keys = sorted(content) if isinstance(content, dict) else type(content).__name__
+        keys = sorted(map(repr, content))[:10] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f'{path} holds {keys}, needed a dict with the parameters under "model".')
-    state_dict = dict(content["model"])
+    state_dict = check_tensors(content["model"], path)
     if all(name.startswith("module.") for name in state_dict):
         state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
     return state_dict
@@ -76,15 +82,57 @@ def read_variant(path: str | Path) -> dict:
     """Read the settings of a `variant.yml`.
 
     Raises:
-        ValueError: If the file is no YAML of plain values and tuples.
+        OSError: If the file cannot be read.
+        ValueError: If the file is no YAML of plain values and tuples, is longer than `LONGEST_VARIANT`, deeper than
+            `ranges.MOST_DEPTH`, repeats a key, or would grow beyond `ranges.MOST_ENTRIES` values where its aliases are
+            written out; or if it has no "net_kwargs".
     """
+    path = Path(path)
+    if path.stat().st_size > LONGEST_VARIANT:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, needed a variant.yml of at most {LONGEST_VARIANT}.")
     try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_VariantLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML of plain values: {error}") from error
+        loader = _VariantLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        _check_growth(node)
+        settings = None if node is None else loader.construct_document(node)
+    except OSError:
+        raise
+    # Beside its own errors, PyYAML raises those of the types that it makes.
+    except Exception as error:
+        raise ValueError(f"{path} is not YAML of plain values: {one_line(error)}") from error
     if not isinstance(settings, dict) or "net_kwargs" not in settings:
         raise ValueError(f'{path} has no "net_kwargs"; needed the variant.yml that training wrote beside the model.')
+    check_nested(str(path), settings.get("net_kwargs"))
+    for name in ("net_kwargs", "dataset_kwargs", "inference_kwargs"):
+        if not isinstance(settings.get(name, {}), dict):
+            raise ValueError(f"{path} has {name}={one_line(repr(settings[name]), 100)}, needed settings by name.")
     return settings
+
+
+def _check_growth(node: yaml.Node | None) -> None:
+    """Raise ValueError where a document is deep or, with its aliases written out, large, or repeats a key."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, depth: int) -> int:
+        if depth > MOST_DEPTH:
+            raise ValueError(f"deeper than {MOST_DEPTH} levels")
+        if id(node) not in sizes:
+            parts: list[yaml.Node] = []
+            if isinstance(node, yaml.MappingNode):
+                keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+                repeated = sorted({key for key in keys if keys.count(key) > 1})
+                if repeated:
+                    raise ValueError(f"{repeated[0]!r} stands there more than once")
+                parts = [each for pair in node.value for each in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                parts = node.value
+            sizes[id(node)] = 1 + sum(size(each, depth + 1) for each in parts)
+        if sizes[id(node)] > MOST_ENTRIES:
+            raise ValueError(f"more than {MOST_ENTRIES} values, aliases written out")
+        return sizes[id(node)]
+
+    if node is not None:
+        size(node, 0)
 
 
 def rename_parameters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,11 +147,26 @@ def rename_parameters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config_fields(state_dict: dict[str, Tensor], settings: dict) -> dict:
-    """Return the fields of the configuration that weights and variant tell, but for labels and windows."""
+    """Return the fields of the configuration that weights and variant tell, but for labels and windows.
+
+    Raises:
+        ValueError: If one of them lacks what is needed, or the variant describes another model than the weights are.
+    """
     net = settings["net_kwargs"]
+    decoder = net.get("decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(f"variant.yml has decoder={decoder!r}, needed settings by name.")
+    image_size = net.get("image_size")
+    sides = image_size if isinstance(image_size, (list, tuple)) else [image_size]
+    if len(sides) not in (1, 2):
+        raise ValueError(f"variant.yml has image_size={shown(image_size)}, needed one number of pixels or two.")
+    for side in sides:
+        check_whole("image_size of variant.yml", side)
     try:
         projection = state_dict["encoder.patch_embed.proj.weight"]
-        return {
+        if projection.ndim != 4:
+            raise ValueError(f"encoder.patch_embed.proj.weight is {tuple(projection.shape)}, needed four dimensions.")
+        fields = {
             "patch_size": projection.shape[-1],
             "num_channels": projection.shape[1],
             "hidden_size": projection.shape[0],
@@ -115,10 +178,59 @@ def config_fields(state_dict: dict[str, Tensor], settings: dict) -> dict:
             "hidden_dropout_prob": net.get("dropout", 0.0),
             "attention_probs_dropout_prob": net.get("dropout", 0.0),
             "drop_path_rate": net.get("drop_path_rate", 0.0),
-            **_decoder_fields(state_dict, net.get("decoder", {})),
+            **_decoder_fields(state_dict, decoder),
         }
     except KeyError as error:
         raise ValueError(f"The checkpoint or its variant lacks {error}; needed the two files of one model.") from error
+    except IndexError as error:
+        raise ValueError("The checkpoint has a scalar where a matrix is needed; download it again.") from error
+    for name, field in _SAME.items():
+        value, needed = net.get(name, fields[field]), fields[field]
+        if value != needed or isinstance(value, bool) != isinstance(needed, bool):
+            raise ValueError(
+                f"variant.yml has {name}={shown(value)}, but the weights {needed}; needed the two files of one model."
+            )
+    return fields
+
+
+# What the published code builds the encoder by, and the field that the weights give it.
+_SAME = {"d_model": "hidden_size", "n_layers": "num_hidden_layers", "patch_size": "patch_size"}
+_SAME |= {"distilled": "use_distillation_token"}
+_KNOWN_NET = {*_SAME, "n_cls", "image_size", "n_heads", "dropout", "drop_path_rate", "decoder", "backbone"}
+_KNOWN_NET |= {"normalization", "d_ff"}
+_KNOWN_DECODER = {"name", "n_heads", "n_layers", "dropout", "drop_path_rate", "n_cls", "d_model", "d_encoder", "d_ff"}
+_KNOWN = {"net_kwargs", "dataset_kwargs", "inference_kwargs", "algorithm_kwargs", "optimizer_kwargs", "log_dir", "amp"}
+_KNOWN |= {"resume", "version", "world_batch_size"}
+
+
+def doubts(settings: dict, num_labels: int) -> list[str]:
+    """Say what in a variant may make the model compute otherwise than where it was trained, sentence by sentence.
+
+    That are settings of the model (in `net_kwargs` and its `decoder`) that the published code does not have, another
+    number of classes than the weights have, and another number of heads than the published code gives the backbone.
+    """
+    net = settings["net_kwargs"]
+    unknown = [f"net_kwargs.{name}" for name in net if name not in _KNOWN_NET]
+    unknown += [f"net_kwargs.decoder.{name}" for name in net.get("decoder") or {} if name not in _KNOWN_DECODER]
+    found = []
+    if unknown:
+        found.append(f"variant.yml has {', '.join(unknown)}, which the published code does not; it is not followed.")
+    if net.get("n_cls", num_labels) != num_labels:
+        found.append(f"variant.yml has n_cls={shown(net['n_cls'])}, but the weights {num_labels} classes.")
+    # "vit_small_patch16_384" and the like: the second word is the size, which tells the heads.
+    heads_of = {name.split("_")[1]: preset[3] for name, preset in ENCODER_PRESETS.items()}
+    words = str(net.get("backbone")).split("_")
+    heads = heads_of.get(words[1]) if len(words) > 1 else None
+    if heads is not None and net["n_heads"] != heads:
+        found.append(
+            f"variant.yml has n_heads={net['n_heads']}, but the published {one_line(net['backbone'])} {heads}."
+        )
+    return found
+
+
+def not_read(settings: dict) -> list[str]:
+    """List a variant's sections that the published code does not write, which say nothing of the model."""
+    return [one_line(str(name), 100) for name in settings if name not in _KNOWN]
 
 
 def _decoder_fields(state_dict: dict[str, Tensor], decoder: dict) -> dict:
@@ -131,7 +243,7 @@ def _decoder_fields(state_dict: dict[str, Tensor], decoder: dict) -> dict:
         return {
             "decoder_type": "mask_transformer",
             "decoder_num_layers": _count_layers(state_dict, "decoder.blocks"),
-            "decoder_num_heads": width // MASK_TRANSFORMER_HEAD_DIM,
+            "decoder_num_heads": max(1, width // MASK_TRANSFORMER_HEAD_DIM),
             "decoder_hidden_size": width,
             "decoder_intermediate_size": state_dict["decoder.blocks.0.mlp.fc1.weight"].shape[0],
             "decoder_dropout": dropout,
@@ -143,7 +255,8 @@ def _decoder_fields(state_dict: dict[str, Tensor], decoder: dict) -> dict:
     if f"{projection}.weight" in state_dict:
         kind, projection = "cbsa", f"{projection}.weight"
     rows = state_dict[projection].shape[0]
-    num_heads = decoder.get("n_heads") or rows // SUBSPACE_DIM
+    num_heads = decoder.get("n_heads") or max(1, rows // SUBSPACE_DIM)
+    check_whole("n_heads", num_heads)
     fields = {
         "decoder_type": kind,
         "decoder_num_layers": _count_layers(state_dict, f"{stack}.layers"),
@@ -173,5 +286,7 @@ def _count_layers(state_dict: dict[str, Tensor], prefix: str) -> int:
 
 def count_classes(state_dict: dict[str, Tensor]) -> int:
     """Return the number of classes of a published model, from its last layer."""
-    names = ("decoder.head.bias", "decoder.mask_norm.bias")
-    return next(state_dict[name] for name in names if name in state_dict).shape[0]
+    for name in ("decoder.head.bias", "decoder.mask_norm.bias"):
+        if name in state_dict and state_dict[name].ndim == 1:
+            return len(state_dict[name])
+    raise ValueError("The checkpoint has no decoder.head.bias or decoder.mask_norm.bias, one number a class.")

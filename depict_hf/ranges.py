@@ -15,7 +15,7 @@ MOST_DEPTH = 16
 def check_whole(name: str, value: Any, least: int = 1, most: int = MOST_SIZE) -> None:
     """Raise ValueError unless the value is a whole number, which True and False are not, of the range."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be a whole number.")
+        raise ValueError(f"{name}={shown(value)} must be a whole number.")
     if value < least:
         raise ValueError(f"{name}={shown(value)} must be at least {least}.")
     if value > most:
@@ -25,7 +25,7 @@ def check_whole(name: str, value: Any, least: int = 1, most: int = MOST_SIZE) ->
 def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
     """Raise ValueError unless the value is a finite number, which True and False are not, of the range."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be a number.")
+        raise ValueError(f"{name}={shown(value)} must be a number.")
     # Whole numbers that no float can hold are beyond any range that there is.
     if (isinstance(value, float) and not math.isfinite(value)) or abs(value) > 1e300:
         raise ValueError(f"{name}={shown(value)} must be a finite number.")
@@ -56,8 +56,49 @@ def check_nested(name: str, settings: Any) -> None:
                 raise ValueError(f"{path}={shown(value)} must be at most {MOST_LAYERS if is_depth else 2**20}.")
 
 
+def check_image_settings(settings: dict[str, Any]) -> None:
+    """Raise ValueError where settings of an image processor have values out of their ranges.
+
+    Sizes are whole pixels up to `MOST_SIZE`; means finite, and deviations positive, one for all channels or one for
+    each, which are three where images are made RGB; switches are True or False; what is None has its default.
+    """
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if name.startswith("do_"):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={shown(value)} must be True or False.")
+        elif name in ("size", "crop_size", "pad_size"):
+            listed = isinstance(value, list | tuple)
+            # What is none of these is transformers' own `SizeDict`, or a dict.
+            sides = list(value if listed else [value] if isinstance(value, int | float | str) else dict(value).values())
+            if not sides or (listed and len(sides) != 2):
+                raise ValueError(f"{name}={shown(value)} must be pixels by name, such as {{'shortest_edge': 512}}.")
+            for side in sides:
+                if side is not None and (type(side) is not int or not 1 <= side <= MOST_SIZE):
+                    raise ValueError(
+                        f"Got {name}={shown(value)}; needed are positive pixels, at most {MOST_SIZE}, by the names of "
+                        "sides, such as {'shortest_edge': 512}."
+                    )
+        elif name in ("image_mean", "image_std"):
+            numbers = list(value) if isinstance(value, list | tuple) else [value]
+            lengths = (1, 3) if settings.get("do_convert_rgb") in (None, True) else (1, 2, 3, 4)
+            if len(numbers) not in lengths:
+                raise ValueError(f"{name}={shown(value)} must be one number, or one for each of the three channels.")
+            for number in numbers:
+                check_number(name, number, 1e-12 if name == "image_std" else -1e6, 1e6)
+        elif name == "rescale_factor":
+            check_number(name, value, 1e-12, 1e6)
+        elif name == "resample":
+            # Filters of PIL and torchvision are enumerations, which have values of their own.
+            is_filter = hasattr(value, "value") or (type(value) is int and value in range(6))
+            if not is_filter:
+                raise ValueError(f"{name}={shown(value)} must be a filter of PIL, from 0 to 5, such as 2 for bilinear.")
+
+
 def shown(value: Any) -> str:
-    """Write a value as it is, or how large it is where that would take many digits."""
+    """Write a value in one line, or how large it is where that would be long."""
     if isinstance(value, int) and abs(value) >= 10**18:
-        return f"{'-' if value < 0 else ''}2^{value.bit_length() - 1} or more"
-    return str(value)
+        return f"{'-' if value < 0 else ''}2^{abs(value).bit_length() - 1} or more"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]} ..."

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from depict_hf.configuration_depict import DECODER_TYPES, ENCODER_PRESETS, IGNORE_LABEL
+from depict_hf.configuration_depict import DECODER_TYPES, ENCODER_PRESETS, IGNORE_LABEL, MOST_OVERLAP
 from depict_hf.loading import native_dtype, training_device
+from depict_hf.ranges import MOST_LAYERS, MOST_SIZE, shown
 
 from .data import read_class_names
 from .settings import Section, nearest_name, parse_value, setting, text_of
@@ -40,12 +41,14 @@ class DataSection(Section):
     )
     image_mean: tuple[float, float, float] = setting("Mean of each channel, for values in 0 to 1.", (0.5, 0.5, 0.5))
     image_std: tuple[float, float, float] = setting("Deviation of each channel, for values in 0 to 1.", (0.5, 0.5, 0.5))
-    size: int = setting("Pixels of the shorter side, in evaluation and, at ratio 1, in training.", least=1)
+    size: int = setting(
+        "Pixels of the shorter side, in evaluation and, at ratio 1, in training.", least=1, most=MOST_SIZE
+    )
     long_side_factor: float = setting(
         "In training, the longer side is at most this times `size` at ratio 1.", 4.0, least=1
     )
     scale_range: tuple[float, float] = setting("Bounds of the random ratio in training.", (0.5, 2.0))
-    crop_size: int = setting("Side of training squares in pixels.", least=1)
+    crop_size: int = setting("Side of training squares in pixels.", least=1, most=MOST_SIZE)
     photometric: bool = setting("Whether colours are distorted in training.", True)
     cache_features: bool = setting(
         "Whether a frozen encoder computes its outputs once, on whole images of `size` and on their mirror images; "
@@ -76,10 +79,13 @@ class ModelSection(Section):
     )
     freeze_encoder: bool = setting("Whether the encoder stays as it is, in evaluation mode.", True)
     frozen_encoder_blocks: int = setting(
-        "Embeddings and this many first blocks of the encoder stay as they are.", 0, least=0
+        "Embeddings and this many first blocks of the encoder stay as they are.", 0, least=0, most=MOST_LAYERS
     )
     lora_rank: int = setting(
-        "Rank of adapters in the linear layers of the encoder, which otherwise stays as it is; 0 for none.", 0, least=0
+        "Rank of adapters in the linear layers of the encoder, which otherwise stays as it is; 0 for none.",
+        0,
+        least=0,
+        most=MOST_SIZE,
     )
     lora_alpha: float = setting("The adapters' products are multiplied by this over their rank.", 16.0)
 
@@ -137,13 +143,20 @@ class OptimizationSection(Section):
 class EvaluationSection(Section):
     """How the model is evaluated while it trains, and what is reported and drawn of it."""
 
-    window_size: int | None = setting("In evaluation, side of windows in pixels; whole images if none.", None, least=1)
-    window_stride: int | None = setting(
-        "Pixels from window to window in evaluation during training; `window_size` if none.", None, least=1
+    window_size: int | None = setting(
+        "In evaluation, side of windows in pixels; whole images if none.", None, least=1, most=MOST_SIZE
     )
-    final_window_stride: int | None = setting("Stride of the trained model; `window_stride` if none.", None, least=1)
+    window_stride: int | None = setting(
+        "Pixels from window to window in evaluation during training; `window_size` if none.",
+        None,
+        least=1,
+        most=MOST_SIZE,
+    )
+    final_window_stride: int | None = setting(
+        "Stride of the trained model; `window_stride` if none.", None, least=1, most=MOST_SIZE
+    )
     final_size: int | None = setting(
-        "`size` of the trained model's image processor; that of training if none.", None, least=1
+        "`size` of the trained model's image processor; that of training if none.", None, least=1, most=MOST_SIZE
     )
     final_long_side_factor: float | None = setting(
         "The trained model's image processor bounds the longer side at this times the shorter one's `size`; not if "
@@ -185,7 +198,7 @@ class HardwareSection(Section):
     )
     compile: bool = setting("Whether the model is compiled by `torch.compile`.", False)
     num_workers: int = setting(
-        "Processes that read data, for each training process; 0 reads in the training process.", 2, least=0
+        "Processes that read data, for each training process; 0 reads in the training process.", 2, least=0, most=1024
     )
     save_every_steps: int | None = setting(
         "Optimiser steps between checkpoints; a checkpoint at each evaluation if none, and always with `keep_best`.",
@@ -217,6 +230,8 @@ class Recipe:
         data, model, optimization = self.data, self.model, self.optimization
         if not data.class_names:
             raise ValueError("Got no class_names; give one for each class, in the order of the ids.")
+        if len(set(data.class_names)) != len(data.class_names) or not all(name.strip() for name in data.class_names):
+            raise ValueError("Got class_names of which some are empty or the same; give each class a name of its own.")
         if len(data.class_names) > IGNORE_LABEL:
             raise ValueError(
                 f"Got {len(data.class_names)} class_names, needed at most {IGNORE_LABEL}: labels travel as bytes, of "
@@ -227,6 +242,13 @@ class Recipe:
                 "Got gradient_checkpointing with cache_features, where no encoder has activations to save; leave "
                 "gradient_checkpointing out."
             )
+        if min(data.image_std) <= 0:
+            raise ValueError(
+                f"Got image_std={data.image_std}, needed positive deviations, which values are divided by."
+            )
+        if optimization.class_weights is not None and min(optimization.class_weights) < 0:
+            raise ValueError(f"Got class_weights={shown(optimization.class_weights)}, needed none below 0.")
+        self._check_windows()
         if not 0 < data.scale_range[0] <= data.scale_range[1]:
             raise ValueError(f"Got scale_range={data.scale_range}, needed two positive ratios, the smaller one first.")
         if data.cache_features and not model.freeze_encoder:
@@ -251,6 +273,21 @@ class Recipe:
                 f"learning_rate={optimization.learning_rate}."
             )
         self.images_per_pass(num_processes=1)
+
+    def _check_windows(self) -> None:
+        """Refuse strides that leave pixels out or put them into too many windows."""
+        evaluation = self.evaluation
+        window = evaluation.window_size
+        for name in ("window_stride", "final_window_stride"):
+            stride = getattr(evaluation, name)
+            # A window may still be to come; the model's configuration refuses a stride without one.
+            if stride is None or window is None:
+                continue
+            if not window / MOST_OVERLAP <= stride <= window:
+                raise ValueError(
+                    f"Got {name}={stride} for a window_size of {window}, needed at most that, or pixels are left out, "
+                    f"and at least an eighth of it, or pixels are in more than {MOST_OVERLAP**2} windows."
+                )
 
     def images_per_pass(self, num_processes: int) -> int:
         """Return the images in one forward pass of each of `num_processes` processes.

@@ -41,7 +41,7 @@ def build_model(recipe: Recipe) -> DepictForSemanticSegmentation:
                 "start from a folder that training or `depict convert` wrote."
             )
     elif recipe.model.encoder is None:
-        backbone_config = AutoConfig.from_pretrained(recipe.model.backbone)
+        backbone_config = AutoConfig.from_pretrained(recipe.model.backbone, trust_remote_code=False)
         fields |= published_decoder_fields(recipe.model.decoder_type, backbone_config.hidden_size)
         model = DepictForSemanticSegmentation(DepictConfig(backbone_config=backbone_config, **fields))
         load_backbone(model, recipe.model.backbone)

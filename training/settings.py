@@ -9,6 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from depict_hf.ranges import shown
+
+# No rate, step, size or seed has a use beyond this; what is larger is a slip.
+MOST = 2**32
+
 
 def setting(
     meaning: str,
@@ -16,6 +21,7 @@ def setting(
     *,
     least: float | None = None,
     below: float | None = None,
+    most: float | None = None,
     choices: Sequence[str] | None = None,
 ) -> Any:
     """Declare a field of a section.
@@ -25,9 +31,10 @@ def setting(
         default: Its value unless a recipe says otherwise; without one, every recipe must say.
         least: Its least value.
         below: What its value must be less than.
+        most: Its largest value; no number may be above `MOST` in any case.
         choices: All values that it may have, besides None where its type allows that.
     """
-    metadata = {"meaning": meaning, "least": least, "below": below, "choices": choices}
+    metadata = {"meaning": meaning, "least": least, "below": below, "most": most, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -36,12 +43,32 @@ class Section:
     """Fields with meanings and ranges, checked as soon as they have values.
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: If a value is of another type, or out of its range.
     """
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            _check_range(field, getattr(self, field.name))
+            value = getattr(self, field.name)
+            if not _is_of(value, hints[field.name]):
+                wanted = getattr(field.type, "__name__", field.type)
+                raise ValueError(f"Got {field.name}={shown(value)}, needed a value of type {wanted}.")
+            _check_range(field, value)
+
+
+def _is_of(value: object, hint: Any) -> bool:
+    """Say whether a value has the type of an annotation; whole numbers are floats, too, True and False no numbers."""
+    if isinstance(hint, types.UnionType):
+        return any(_is_of(value, each) for each in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        items = items[:1] * len(value) if items[-1] is Ellipsis else items
+        return len(items) == len(value) and all(map(_is_of, value, items))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
@@ -56,10 +83,15 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
     if value is None:
         return
     if choices is not None and value not in choices:
-        raise ValueError(f"Got {field.name}={value!r}, needed one of {', '.join(choices)}.")
+        raise ValueError(f"Got {field.name}={shown(value)}, needed one of {', '.join(choices)}.")
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, float) and not math.isfinite(number):
             raise ValueError(f"Got {field.name}={value}, needed finite numbers.")
+        if isinstance(number, (int, float)) and abs(number) > MOST:
+            raise ValueError(f"Got {field.name}={shown(value)}, needed at most {MOST:g}.")
+    most = field.metadata["most"]
+    if most is not None and value > most:
+        raise ValueError(f"Got {field.name}={value}, needed at most {most:g}.")
     if least is not None and value < least:
         raise ValueError(f"Got {field.name}={value}, needed at least {least:g}.")
     if below is not None and value >= below:
@@ -84,7 +116,7 @@ def parse_value(name: str, text: str, hint: Any) -> object:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
         wanted = hint.__name__ if isinstance(hint, type) else hint
-        raise ValueError(f"Got {name}={text}, needed a value of type {wanted}.") from None
+        raise ValueError(f"Got {name}={text[:100]}, needed a value of type {wanted}.") from None
 
 
 def text_of(value: object) -> str:

@@ -76,7 +76,7 @@ def start_from(source: str, class_names: tuple[str, ...], decoder_type: str | No
     """
     place = str(model_source(source))
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(
             f"Got --from {source}, which transformers cannot read: {error}. Name a model of this package, or a "
