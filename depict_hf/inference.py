@@ -19,6 +19,7 @@ from .modeling_depict import SegmentationModel
 from .passes import MAX_WAITING_PIXELS as MAX_WAITING_PIXELS
 from .passes import check_photo, is_out_of_memory, memory_error, stream_scores
 from .photo_files import MAX_PHOTO_PIXELS, UnreadableImageError, grey_or_colored, read_image, upright
+from .ranges import MOST_SIZE, check_whole
 from .windows import CoarseScores, Segmentation, label_views
 
 Photo = PIL.Image.Image | np.ndarray | str | Path
@@ -164,8 +165,13 @@ def _scores(
     if model.training:
         raise ValueError("The model is in training mode, with dropout and without windows; call model.eval() first.")
     scales = tuple(scales)
-    if not scales or min(scales) <= 0:
-        raise ValueError(f"Got scales={scales}, needed one or more positive numbers.")
+    numbers = all(isinstance(scale, (int, float)) and not isinstance(scale, bool) for scale in scales)
+    if not scales or not numbers or not all(0 < scale <= MOST_SIZE for scale in scales):
+        raise ValueError(f"Got scales={scales}, needed one or more positive numbers, at most {MOST_SIZE}.")
+    window_size, window_stride = model.config.window_size, model.config.window_stride
+    if window_size is not None:
+        check_whole("model.config.window_size", window_size)
+        check_whole("model.config.window_stride", window_stride or window_size, 1, window_size)
     if scales != (1.0,) and not image_processor.do_resize:
         raise ValueError(f"Got scales={scales}, but the image processor does not resize; set its do_resize=True.")
     if max_batch_pixels < 1:

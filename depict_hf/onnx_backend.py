@@ -1,6 +1,7 @@
 """Exported ONNX models behind the interface that `inference.segment` needs of a model."""
 
 import importlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .configuration_depict import DepictConfig
 from .modeling_depict import DepictSemanticSegmenterOutput
+from .weight_files import CHECKSUM, file_checksum, one_line
 from .windows import merge_windows
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def start_session(path: Path, device: str = "cpu", num_threads: int | None = Non
         return onnxruntime.InferenceSession(path, options, providers=list(dict.fromkeys([provider, PROVIDERS["cpu"]])))
     # Its exceptions have no common class of their own.
     except Exception as error:
-        raise ValueError(f"ONNX Runtime cannot read {path}: {error}") from error
+        raise ValueError(f"ONNX Runtime cannot read {path}: {one_line(error)}; export or copy it again.") from error
 
 
 def load_onnx(folder: str | Path, device: str = "cpu", num_threads: int | None = None) -> "OnnxModel":
@@ -68,14 +70,33 @@ def load_onnx(folder: str | Path, device: str = "cpu", num_threads: int | None =
 
     Raises:
         OSError: If the folder does not hold an export.
-        ValueError: As `start_session`.
+        ValueError: As `start_session`; if the file is not what was written, by the checksum in `model.json` where there
+            is one; or if its inputs and outputs are not those of an export.
         ImportError: If ONNX Runtime is missing.
     """
     folder = Path(folder)
     path = folder / "model.onnx"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no model.onnx; make such a folder with `depict export MODEL OUT`.")
+    _verify(path)
     return OnnxModel(start_session(path, device, num_threads), DepictConfig.from_pretrained(folder))
+
+
+def _verify(path: Path) -> None:
+    """Compare an exported file with the checksum that stands beside it; ValueError where they differ."""
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        return
+    try:
+        settings = json.loads(beside.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{beside} is not JSON ({one_line(error, 200)}); export or copy the folder again.") from error
+    expected = settings.get(CHECKSUM) if isinstance(settings, dict) else None
+    if expected is not None and (found := file_checksum(path)) != expected:
+        raise ValueError(
+            f"{path} is damaged: its checksum is {found[:12]}..., needed {str(expected)[:12]}..., with which it was "
+            "written; export or copy the folder again."
+        )
 
 
 class OnnxModel:
@@ -99,7 +120,22 @@ class OnnxModel:
         self.config = config
         self._session = session
         # Earlier files call logits `patch_logits` where they cover padding, too.
-        [self._output] = {"logits", "patch_logits"} & {output.name for output in session.get_outputs()}
+        outputs = {output.name: output.shape for output in session.get_outputs()}
+        found = [name for name in ("logits", "patch_logits") if name in outputs]
+        given = [(each.name, each.type, len(each.shape)) for each in session.get_inputs()]
+        kinds = [("pixel_values", kind, 4) for kind in ("tensor(float)", "tensor(uint8)")]
+        if len(found) != 1 or len(given) != 1 or given[0] not in kinds:
+            raise ValueError(
+                f"The file has inputs {one_line(str(given), 200)} and outputs {one_line(str(list(outputs)), 200)}, "
+                "needed pixel_values of four dimensions (float or uint8), and logits; export the model again."
+            )
+        [self._output] = found
+        channels = outputs[self._output][1:2]
+        if channels and isinstance(channels[0], int) and channels[0] != config.num_labels:
+            raise ValueError(
+                f"The file gives logits of {channels[0]} classes, but config.json beside it has {config.num_labels}; "
+                "needed the folder as `depict export` wrote it."
+            )
         self.pads = self._output == "logits"
         [pixel_values] = session.get_inputs()
         self._takes_photographs = pixel_values.type == "tensor(uint8)"
@@ -139,7 +175,11 @@ class OnnxModel:
             values = pixel_values.to(self.device).permute(0, 2, 3, 1)
         else:
             values = pixel_values.to(self.device, self.dtype)
-        [logits] = self._session.run([self._output], {"pixel_values": values.contiguous().numpy()})
+        try:
+            [logits] = self._session.run([self._output], {"pixel_values": values.contiguous().numpy()})
+        # Of a graph that is no export of ours, ONNX Runtime's own errors.
+        except Exception as error:
+            raise ValueError(f"ONNX Runtime cannot compute images of {height}x{width}: {one_line(error)}.") from error
         logits = torch.from_numpy(logits)
         patch_size = self.config.encoder_patch_size
         if not self.pads and (height % patch_size or width % patch_size):

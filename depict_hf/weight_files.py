@@ -126,6 +126,15 @@ def _digest(path: Path, header: Header) -> str:
     return digest.hexdigest()
 
 
+def file_checksum(path: str | Path) -> str:
+    """Compute the SHA-256, in hexadecimal, of a file of any kind."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def verify(path: str | Path, expected: str | None = None) -> Header:
     """Compare a `.safetensors` file with its checksum, where it carries one, and return its header.
 

@@ -1,5 +1,6 @@
 """Pure functions on images and logits larger than one window: cut, merge, label by bands."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -44,6 +45,9 @@ __all__ = [
 
 # Scores that are enlarged in width only, for all rows at a time: bounds the memory of large photographs.
 STRIP_ELEMENTS = 2**24
+
+# Windows of one image at one scale, whose logits are kept until all are there.
+MOST_WINDOWS = 2**17
 
 
 def pad_to_multiple(pixel_values: Tensor, multiple: int) -> Tensor:
@@ -90,7 +94,22 @@ def window_starts(length: int, window_size: int, window_stride: int) -> list[int
 
 
 def window_corners(size: tuple[int, int], window_size: int, window_stride: int) -> list[tuple[int, int]]:
-    """Return (top, left) pixels of every window on an image of `size` = (height, width), row by row."""
+    """Return (top, left) pixels of every window on an image of `size` = (height, width), row by row.
+
+    Raises:
+        ValueError: If there are more than `MOST_WINDOWS`, or the stride leaves pixels out.
+    """
+    if not 0 < window_stride <= window_size <= min(size):
+        raise ValueError(
+            f"Got windows of {window_size} pixels every {window_stride} for an image of {size[0]}x{size[1]}, needed a "
+            "positive stride of at most the window, and a window of at most the image."
+        )
+    count = math.prod(-(-(length - window_size) // window_stride) + 1 for length in size)
+    if count > MOST_WINDOWS:
+        raise ValueError(
+            f"An image of {size[0]}x{size[1]} pixels has {count} windows of {window_size} every {window_stride}, "
+            f"needed at most {MOST_WINDOWS}; raise the stride, or make the image smaller."
+        )
     tops, lefts = (window_starts(length, window_size, window_stride) for length in size)
     return [(top, left) for top in tops for left in lefts]
 
@@ -232,7 +251,15 @@ def label_views(
 
     Returns:
         Labels uint8, or int64 where there are more than 256 classes; all on the views' device.
+
+    Raises:
+        ValueError: If there are no views, they differ in size or classes, or the temperature cannot divide.
     """
+    lengths = {(view.vertical.target_length, view.horizontal.target_length, view.mosaic.shape[-1]) for view in views}
+    if len(lengths) != 1:
+        raise ValueError(f"Got views of {sorted(lengths)} (height, width, classes), needed one or more of one size.")
+    if not 1e-6 <= temperature <= 1e6:
+        raise ValueError(f"Got temperature={temperature}, needed a number from 1e-06 to 1e+06.")
     device, num_labels = views[0].mosaic.device, views[0].mosaic.shape[-1]
     height, width = views[0].vertical.target_length, views[0].horizontal.target_length
     label_dtype = torch.uint8 if num_labels <= 256 else torch.int64

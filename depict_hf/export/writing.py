@@ -15,6 +15,7 @@ from ..image_processing_depict import DepictImageProcessor
 from ..inference import UNREADABLE, load_photo, rgb_photo
 from ..modeling_depict import DepictForSemanticSegmentation
 from ..photo_files import shown
+from ..weight_files import CHECKSUM, file_checksum
 from ..writing import is_full, whole_folder
 from .check import TOLERANCES, Agreement, agreement, made_photograph, photograph_tensor, tolerance_for
 from .graph import ExportedGraph, trace
@@ -179,6 +180,7 @@ def export_model(
                 raise
             raise ValueError(_refusal(error, size, precision)) from error
         metadata["agreement"] = _as_json(found)
+        metadata[CHECKSUM] = file_checksum(path)
         path.with_suffix(".json").write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
         _save_settings(model, settings, unfinished, windows, preprocess, resize)
     return ExportedFile(folder / path.name, size, graph.output_names)
