@@ -90,6 +90,12 @@ class DepictImageProcessor(TorchvisionBackend):
         with decoding():
             return super().fetch_images(image_url_or_urls)
 
+    def __init__(self, **kwargs: Unpack[DepictImageProcessorKwargs]):
+        for name in kwargs:
+            if callable(getattr(type(self), name, None)):
+                raise ValueError(f"{name!r} is no setting, but a method of the image processor; remove it.")
+        super().__init__(**kwargs)
+
     def preprocess(
         self,
         images: ImageInput,

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -365,3 +366,31 @@ def test_exports_of_earlier_versions_go_on_working(tmp_path):
         torch.testing.assert_close(exported(pixel_values).logits, model(pixel_values).logits, **TOLERANCE)
     [found], [expected] = (segment(each, image_processor, [STREET]) for each in (exported, model))
     assert share_equal(found, expected) > 0.999
+
+
+def test_damaged_exports_end_in_one_line(one_window, tmp_path):
+    """A flipped bit in a weight changes no shape, so that ONNX Runtime computes with it."""
+    from depict_hf.loading import load_model
+
+    def refuse(message):
+        with pytest.raises(ValueError, match=message) as caught:
+            load_model(tmp_path / "copy", backend="onnxruntime")
+        assert "\n" not in str(caught.value)
+
+    shutil.copytree(one_window[1], tmp_path / "copy")
+    path, beside, config = (tmp_path / "copy" / name for name in ("model.onnx", "model.json", "config.json"))
+    whole, settings = path.read_bytes(), config.read_text()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    path.write_bytes(damaged)
+    refuse(r"model\.onnx is damaged: its checksum is")
+    path.write_bytes(whole)
+    load_model(tmp_path / "copy", backend="onnxruntime")
+    config.write_text(json.dumps(json.loads(settings) | {"id2label": {"0": "a", "1": "b"}, "label2id": None}))
+    refuse("logits of 5 classes, but config.json beside it has 2")
+    config.write_text(settings)
+    beside.write_text("{")
+    refuse(r"model\.json is not JSON")
+    beside.unlink()
+    path.write_bytes(whole[:1000])
+    refuse("ONNX Runtime cannot read")

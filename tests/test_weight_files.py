@@ -312,6 +312,7 @@ def test_fields_are_checked_when_they_are_set_too():
         ({"size": {"shortest_edge": True}}, "needed are positive pixels"),
         ({"size": []}, "must be pixels by name"),
         ({"resample": 17}, "must be a filter of PIL"),
+        ({"resize": 1}, "'resize' is no setting"),
     ],
 )
 def test_settings_of_the_image_processor(settings, message):
