@@ -315,7 +315,9 @@ def rgb_photo(image: PIL.Image.Image) -> PIL.Image.Image:
     try:
         pixels = DepictImageProcessor().process_image(image, do_convert_rgb=True)
         return PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    except MemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise UnreadableImageError(
             f"there is not enough memory to convert its {image.width} x {image.height} pixels; make it smaller"
         ) from error
@@ -404,8 +406,8 @@ def _label(views: list[CoarseScores], return_confidence: bool, temperature: floa
     return Segmentation(labels, confidence.cpu(), margin.cpu())
 
 
-def _as_tensor(photo: Photo, image_processor: DepictImageProcessor, max_photo_pixels: int) -> Tensor:
-    """Return a photograph upright, `(channels, height, width)` uint8."""
+def _as_tensor(photo: Photo, image_processor: DepictImageProcessor, max_photo_pixels: int) -> Tensor | MemoryError:
+    """Return a photograph upright, `(channels, height, width)` uint8, or the error where memory is too short for it."""
     if isinstance(photo, (str, Path)):
         photo = load_photo(photo, max_photo_pixels)
     if isinstance(photo, np.ndarray):
@@ -420,4 +422,10 @@ def _as_tensor(photo: Photo, image_processor: DepictImageProcessor, max_photo_pi
         raise ValueError(f"Got a {type(photo).__name__}, needed a PIL image, a uint8 array or a path.")
     # Else the first axis of an array that is 1, 3 or 4 pixels high would count as its channels.
     axes = ChannelDimension.LAST if isinstance(photo, np.ndarray) else None
-    return image_processor.process_image(photo, image_processor.do_convert_rgb, axes)
+    try:
+        return image_processor.process_image(photo, image_processor.do_convert_rgb, axes)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        height, width = photo.shape[:2] if isinstance(photo, np.ndarray) else reversed(photo.size)
+        return memory_error((height, width))

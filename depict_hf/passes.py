@@ -82,7 +82,7 @@ class _Window:
 def stream_scores(
     model: SegmentationModel,
     image_processor: DepictImageProcessor,
-    images: Iterable[Tensor],
+    images: Iterable[Tensor | MemoryError],
     scales: tuple[float, ...],
     flip: bool,
     max_batch_pixels: int,
@@ -91,7 +91,8 @@ def stream_scores(
     """Queue the windows of all photographs; run the model whenever a pass is full.
 
     Args:
-        images: Upright photographs, `(channels, height, width)`. They are taken as they are needed.
+        images: Upright photographs, `(channels, height, width)`, or the errors of those for which there was not enough
+            memory already. They are taken as they are needed.
         model, image_processor, scales, flip, max_batch_pixels, max_photo_pixels: As for `inference.segment`.
 
     Yields:
@@ -106,12 +107,17 @@ def stream_scores(
     queue: list[_Window] = []
     pixels = 0
     for image in images:
-        job = _Job(size_of(image))
+        job, window_pixels = _Job((0, 0)), 0
+        windows: Iterator[_Window] = iter(())
         jobs.append(job)
-        window_pixels = 0
-        check_photo(*job.size, model, image_processor, scales, max_photo_pixels)
+        if isinstance(image, MemoryError):
+            job.error = image
+        else:
+            job.size = size_of(image)
+            check_photo(*job.size, model, image_processor, scales, max_photo_pixels)
+            windows = _windows(model, image_processor, image, scales, flip, job, max_photo_pixels)
         try:
-            for window in _windows(model, image_processor, image, scales, flip, job, max_photo_pixels):
+            for window in windows:
                 window_pixels = window.pixels.shape[-2] * window.pixels.shape[-1]
                 if queue and pixels + window_pixels > max_batch_pixels:
                     _run(model, queue)
@@ -124,7 +130,7 @@ def stream_scores(
             if not is_out_of_memory(error):
                 raise
             job.fail()
-        del image
+        del image, windows
         waiting_pixels = sum(job.size[0] * job.size[1] for job in jobs)
         if pixels + window_pixels > max_batch_pixels or waiting_pixels > MAX_WAITING_PIXELS:
             _run(model, queue)

@@ -113,7 +113,7 @@ class TestMemory:
             assert torch.equal(given, labels)
 
     @pytest.mark.parametrize("error", [SHORT, MemoryError()])
-    @pytest.mark.parametrize("place", ["model", "resizing", "labelling", "finish"])
+    @pytest.mark.parametrize("place", ["model", "copying", "resizing", "labelling", "finish"])
     def test_one_fails_alone(self, error, place, paths, monkeypatch):
         """The black one; fails if its neighbours, which share a pass with it, are lost or get its labels."""
         model = tiny_model()
@@ -136,6 +136,15 @@ class TestMemory:
                 return forward(pixel_values)
 
             monkeypatch.setattr(model, "forward", forward)
+        elif place == "copying":
+            copy = DepictImageProcessor.process_image
+
+            def process_image(self, image, *args, **options):
+                if isinstance(image, PIL.Image.Image) and not np.array(image).any():
+                    raise error
+                return copy(self, image, *args, **options)
+
+            monkeypatch.setattr(DepictImageProcessor, "process_image", process_image)
         elif place == "resizing":
             resize = DepictImageProcessor.resize
             monkeypatch.setattr(DepictImageProcessor, "resize", only_black(resize, lambda args: args[1]))
