@@ -1,7 +1,6 @@
 """Encoder outputs computed once: with a frozen encoder, a training step then costs no more than the decoder."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.modeling_depict import DepictSemanticSegmenterOutput, segmentation_loss
 from depict_hf.vit import LayerRecord
 from depict_hf.windows import merge_windows, pad_to_multiple
+from depict_hf.writing import write_whole
 
 from .samples import EpochDataset, SegmentationDataset, sample_generator
 
@@ -170,13 +170,9 @@ class FeatureDataset(EpochDataset):
             tensors = {"labels": inputs["labels"][0].to(torch.uint8)}  # ids end at 255, which is ignored
             for name, view in views.items():
                 tensors[name] = encode(encoder, view.to(model.device), self.patch_size, autocast).cpu()
-            # Under a name of this process until it is whole, so that a killed run leaves no half-written file.
-            partial = self._path(index).with_suffix(f".{os.getpid()}.partial")
             try:
-                save_file(tensors, partial)
-                partial.rename(self._path(index))
-            except (OSError, SafetensorError) as error:
-                partial.unlink(missing_ok=True)
+                write_whole(save(tensors), self._path(index))
+            except OSError as error:
                 raise OSError(
                     f"The features of image {index + 1} of {len(self)} cannot be written to {self.folder} ({error}); "
                     "make room there, or choose another folder or cache_features=false. Those that are there are kept."

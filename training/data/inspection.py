@@ -14,6 +14,8 @@ from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from depict_hf.writing import write_whole
+
 from . import reading
 from .reading import UnreadableImageError, content_hash, name_of, read_ids
 from .samples import SegmentationDataset
@@ -80,9 +82,7 @@ def inspect_once(samples: SegmentationDataset, num_workers: int = 0) -> Inspecti
         if known is not None and not any(_Readings(samples).is_readable(index) for index, _ in known.unreadable):
             return known
         found = inspect_samples(samples, num_workers)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(found)), encoding="utf-8")
-        partial.replace(path)
+        write_whole(json.dumps(asdict(found)), path)
     return found
 
 

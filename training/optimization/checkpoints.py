@@ -19,6 +19,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import TrainerCallback
 
+from depict_hf.writing import synchronize, write_json
+
 from .averaging import WeightAverage
 from .same_run import FREE_FIELDS, as_json, changed_fields, check_same_run, free_fields
 
@@ -53,21 +55,16 @@ REMEDY = (
     "Lower learning_rate, add warmup_steps, clip gradients with max_grad_norm, or choose another precision, and start "
     "a new run, from those weights with start_from=FOLDER."
 )
-# What operating systems answer where a file system cannot synchronise folders, such as some network, FUSE and Windows
-# shares. Files, which are synchronised one by one, do not end up there; what a power failure might cost is the name of
-# the newest checkpoint, and a run then continues from the one before.
-_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def mark_complete(folder: Path) -> None:
     """Say that everything of the checkpoint in `folder` has been written, after seeing to it that it is on the disk."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != COMPLETE]
     for path in files:
-        _synchronize(path)
+        synchronize(path)
     facts = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-    (folder / COMPLETE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    _synchronize(folder / COMPLETE)
-    _synchronize(folder)
+    write_json(facts, folder / COMPLETE)
+    synchronize(folder)
 
 
 def is_complete(folder: Path) -> bool:
@@ -150,7 +147,7 @@ class CheckpointKeeper(TrainerCallback):
             if self.average:
                 self.average.save(folder)
             mark_complete(folder)
-            _synchronize(self.output)
+            synchronize(self.output)
             delete_oldest(self.output, KEPT_CHECKPOINTS, state.best_global_step)
         self.accelerator.wait_for_everyone()
 
@@ -258,19 +255,3 @@ def _delete(folder: Path) -> None:
         (folder / COMPLETE).unlink(missing_ok=True)
         hidden = folder
     shutil.rmtree(hidden)
-
-
-def _synchronize(path: Path) -> None:
-    """Have the operating system write a file, or a folder's list of files, to the disk.
-
-    Raises:
-        OSError: If it cannot, unless `path` is a folder on a file system that has no such operation for folders.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not (path.is_dir() and error.errno in _NO_FOLDER_SYNC):
-            raise
-    finally:
-        os.close(descriptor)

@@ -124,7 +124,8 @@ def test_folders_that_cannot_be_synchronised_are_no_obstacle(tmp_path, monkeypat
             raise OSError(code, "not for folders")
         synchronized.append(descriptor)
 
-    monkeypatch.setattr(os, "fsync", refuse_folders)
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, refuse_folders)
     (tmp_path / "weights").write_text("all of them")
     mark_complete(tmp_path)
     assert is_complete(tmp_path) and len(synchronized) == 2
