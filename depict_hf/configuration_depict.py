@@ -36,9 +36,6 @@ ENCODER_PRESETS = {
 }
 
 
-# No pixel is in more windows than about the square of this: their logits are kept until all are there.
-MOST_OVERLAP = 8
-
 # Settings by which transformers would take settings or code from elsewhere, in files that are not to be trusted.
 _ELSEWHERE = ("configuration_files", "attn_implementation", "experts_implementation", "fusion_config", "kernel_config")
 
@@ -311,11 +308,6 @@ class DepictConfig(PreTrainedConfig):
             )
         if self.window_stride is not None:
             self._check_positive("window_stride")
-            if self.window_stride * MOST_OVERLAP < self.window_size:
-                raise ValueError(
-                    f"window_stride={self.window_stride} is less than an eighth of window_size={self.window_size}, so "
-                    "that pixels would be in more than 64 windows; raise the stride."
-                )
             if self.window_stride > self.window_size:
                 raise ValueError(
                     f"window_stride={self.window_stride} is larger than window_size={self.window_size} and would skip "

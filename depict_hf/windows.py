@@ -48,6 +48,8 @@ STRIP_ELEMENTS = 2**24
 
 # Windows of one image at one scale, whose logits are kept until all are there.
 MOST_WINDOWS = 2**17
+# Pixels of all those windows together: the logits of 150 classes, 16 times coarser, take 20 GB in float32.
+MOST_WINDOW_PIXELS = 2**33
 
 
 def pad_to_multiple(pixel_values: Tensor, multiple: int) -> Tensor:
@@ -97,7 +99,8 @@ def window_corners(size: tuple[int, int], window_size: int, window_stride: int) 
     """Return (top, left) pixels of every window on an image of `size` = (height, width), row by row.
 
     Raises:
-        ValueError: If there are more than `MOST_WINDOWS`, or the stride leaves pixels out.
+        ValueError: If there are more than `MOST_WINDOWS`, they have more than `MOST_WINDOW_PIXELS`, or the stride
+            leaves pixels out.
     """
     if not 0 < window_stride <= window_size <= min(size):
         raise ValueError(
@@ -105,10 +108,11 @@ def window_corners(size: tuple[int, int], window_size: int, window_stride: int) 
             "positive stride of at most the window, and a window of at most the image."
         )
     count = math.prod(-(-(length - window_size) // window_stride) + 1 for length in size)
-    if count > MOST_WINDOWS:
+    if count > MOST_WINDOWS or count * window_size**2 > MOST_WINDOW_PIXELS:
         raise ValueError(
             f"An image of {size[0]}x{size[1]} pixels has {count} windows of {window_size} every {window_stride}, "
-            f"needed at most {MOST_WINDOWS}; raise the stride, or make the image smaller."
+            f"needed at most {MOST_WINDOWS} of together {MOST_WINDOW_PIXELS} pixels; "
+            "raise the stride, or make the image smaller."
         )
     tops, lefts = (window_starts(length, window_size, window_stride) for length in size)
     return [(top, left) for top in tops for left in lefts]

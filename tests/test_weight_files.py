@@ -15,8 +15,10 @@ from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImagePr
 from depict_hf.conversion import convert_checkpoint, read_weights
 from depict_hf.encoder_weights import check_tensors
 from depict_hf.familiarity import FILE_NAME, Familiarity, load_familiarity
+from depict_hf.inference import segment
 from depict_hf.published_files import read_variant
 from depict_hf.weight_files import WeightsError, read_header, seal, verify
+from depict_hf.windows import window_corners
 
 PUBLISHED = Path(__file__).parent / "data" / "published" / "segmenter_linear"
 
@@ -284,7 +286,6 @@ class TestPublishedFiles:
         ({"layer_norm_eps": float("nan")}, "must be positive"),
         ({"initializer_range": float("nan")}, "must be a finite number"),
         ({"window_size": 8}, "does not hold one patch of 16 pixels"),
-        ({"window_size": 512, "window_stride": 1}, "less than an eighth of window_size=512"),
         ({"temperature": 1e-300}, "must be positive and finite"),
         ({"id2label": {0: "a", 2: "b"}}, "number classes from 0 without a gap"),
         ({"id2label": {0: "a", 1: "b"}, "label2id": {"a": 1, "b": 0}}, "id2label says 0 is 'a', but label2id 1"),
@@ -317,3 +318,50 @@ def test_fields_are_checked_when_they_are_set_too():
 )
 def test_settings_of_the_image_processor(settings, message):
     refuse(lambda: DepictImageProcessor(**settings), message)
+
+
+@pytest.mark.parametrize(
+    ("size", "window_size", "window_stride", "message"),
+    [
+        ((4000, 3000), 512, 1, "has 8684121 windows of 512 every 1, needed at most 131072"),
+        ((20_000, 20_000), 2048, 64, "has 79524 windows of 2048 every 64"),  # few enough, but too large together
+        ((64, 64), 32, 33, "positive stride of at most the window"),
+        ((64, 64), 32, 0, "positive stride"),
+        ((64, 31), 32, 16, "a window of at most the image"),
+    ],
+)
+def test_windows_are_bounded(size, window_size, window_stride, message):
+    refuse(lambda: window_corners(size, window_size, window_stride), message)
+
+
+def test_as_many_windows_as_allowed():
+    assert len(window_corners((4000, 3000), 512, 64)) == 56 * 40
+
+
+@pytest.mark.parametrize("scales", [(float("nan"),), (float("inf"),), (True,), ("1",), (0,), (1e9,), ()])
+def test_scales(scales):
+    refuse(lambda: segment(tiny_model(), DepictImageProcessor(), [], scales), "needed one or more positive numbers")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("window_size=32 window_stride=33", "needed at most that, or pixels are left out"),
+        ("crop_size=1000000000", "needed at most 65536"),
+        ("learning_rate=nan", "needed finite numbers"),
+        ("image_std=0,1,1", "needed positive deviations"),
+        ("seed=99999999999999999999", "needed at most 4.29497e"),
+        ("class_names=a,b,a", "some are empty or the same"),
+    ],
+)
+def test_recipes(override, message):
+    from training.recipes import camvid_dinov2_small
+
+    refuse(lambda: camvid_dinov2_small("sa").override(override.split()), message)
+
+
+def test_types_of_recipes_are_checked_without_the_command_line():
+    from training.recipes import camvid_dinov2_small
+
+    for value in (True, "8", 8.0, [8]):
+        refuse(lambda value=value: camvid_dinov2_small("sa").replace(batch_size=value), "Got batch_size=.*type int")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from depict_hf.configuration_depict import DECODER_TYPES, ENCODER_PRESETS, IGNORE_LABEL, MOST_OVERLAP
+from depict_hf.configuration_depict import DECODER_TYPES, ENCODER_PRESETS, IGNORE_LABEL
 from depict_hf.loading import native_dtype, training_device
 from depict_hf.ranges import MOST_LAYERS, MOST_SIZE, shown
 
@@ -275,7 +275,7 @@ class Recipe:
         self.images_per_pass(num_processes=1)
 
     def _check_windows(self) -> None:
-        """Refuse strides that leave pixels out or put them into too many windows."""
+        """Refuse strides that leave pixels out."""
         evaluation = self.evaluation
         window = evaluation.window_size
         for name in ("window_stride", "final_window_stride"):
@@ -283,10 +283,10 @@ class Recipe:
             # A window may still be to come; the model's configuration refuses a stride without one.
             if stride is None or window is None:
                 continue
-            if not window / MOST_OVERLAP <= stride <= window:
+            if stride > window:
                 raise ValueError(
-                    f"Got {name}={stride} for a window_size of {window}, needed at most that, or pixels are left out, "
-                    f"and at least an eighth of it, or pixels are in more than {MOST_OVERLAP**2} windows."
+                    f"Got {name}={stride} for a window_size of {window}, needed at most that, or pixels are left out; "
+                    "lower the stride or enlarge the window."
                 )
 
     def images_per_pass(self, num_processes: int) -> int:
