@@ -2,41 +2,22 @@
 
 import hashlib
 import io
-import os
-import struct
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from datasets.download.streaming_download_manager import xopen
+from PIL import Image
 from torch import Tensor
 
-from depict_hf import DepictImageProcessor
+from depict_hf import DepictImageProcessor, photo_files
 from depict_hf.configuration_depict import IGNORE_LABEL
+from depict_hf.photo_files import SEVERAL_PICTURES, UnreadableImageError
 
-# What decoders raise on damaged, empty or missing files.
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 _EXIF_ORIENTATION = 0x0112
-_FEATURE = datasets.Image()
 _DECODER = DepictImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
-
-
-class UnreadableImageError(ValueError):
-    """A photograph or label map whose file is missing, damaged or no image."""
 
 
 @dataclass(frozen=True)
@@ -98,20 +79,32 @@ class LabelEncoding:
 
 
 def read_image(encoded: dict | None) -> Image.Image:
-    """Decode one image of a dataset, turned as its EXIF orientation says.
+    """Decode one image of a dataset, turned as its EXIF orientation says; of several in a file, the first.
 
     Args:
         encoded: Its `path` and `bytes`, as a column of `datasets.Image(decode=False)` has them.
 
     Raises:
-        UnreadableImageError: If it cannot be decoded.
+        UnreadableImageError: If it cannot be decoded, for whatever reason, or is of no format that
+            `depict_hf.photo_files` opens.
     """
+    return _read(encoded)[0]
+
+
+def _read(encoded: dict | None) -> tuple[Image.Image, str | None]:
+    """Do as `read_image` does, and return the note of `photo_files.read_image`, too."""
+    data, path = (None, None) if encoded is None else (encoded["bytes"], encoded["path"])
+    if data is None and path is None:
+        raise UnreadableImageError("the dataset has none here")
     try:
-        if encoded is None:
-            raise ValueError("the dataset has none here")
-        return _FEATURE.decode_example(encoded)
-    except _DECODING_ERRORS as error:
-        raise UnreadableImageError(_reason(encoded, error)) from error
+        if data is None and "://" in path:  # inside an archive, or on the network
+            with xopen(path, "rb") as file:
+                data = file.read()
+        return photo_files.read_image(path if data is None else data)
+    except UnreadableImageError:
+        raise
+    except OSError as error:
+        raise UnreadableImageError(f"it cannot be read ({error}); check the disk or the network") from error
 
 
 def read_pair(
@@ -140,11 +133,17 @@ def read_ids(encoded_image: dict | None, encoded_labels: dict | None) -> tuple[T
     images = []
     for kind, encoded in (("photograph", encoded_image), ("label map", encoded_labels)):
         try:
-            images.append(read_image(encoded))
+            image, note = _read(encoded)
+            images.append(image)
         except UnreadableImageError as error:
             raise UnreadableImageError(f"{kind} {name_of(encoded) or '(no name)'}: {error}") from error
     image, labels = images
-    if labels.format == "JPEG":
+    if note == SEVERAL_PICTURES:
+        raise ValueError(
+            "Got a label map whose file holds several pictures (pages, or an animation), of which nobody knows which "
+            "is meant; save the one that is as PNG."
+        )
+    if labels.format in ("JPEG", "MPO"):
         raise ValueError("Got a label map saved as JPEG, which changes ids; needed is PNG or another lossless format.")
     if image.size != labels.size:
         assert encoded_image is not None  # it has been read
@@ -188,19 +187,6 @@ def content_hash(encoded: dict) -> str:
 def name_of(encoded: dict | None) -> str | None:
     """Return the path of an image, or its name where the image itself is in the dataset; None where it has none."""
     return None if encoded is None else encoded["path"]
-
-
-def _reason(encoded: dict | None, error: Exception) -> str:
-    """Say why an image cannot be decoded, in a few words without its name."""
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    if isinstance(error, UnidentifiedImageError) and encoded is not None:
-        data = encoded["bytes"]
-        empty = data == b"" or (
-            data is None and os.path.isfile(encoded["path"]) and not os.path.getsize(encoded["path"])
-        )
-        return "the file is empty" if empty else "no image of a known format"
-    return str(error) or type(error).__name__
 
 
 def _ranges(numbers: list[int]) -> str:

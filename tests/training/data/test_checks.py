@@ -73,7 +73,7 @@ def test_all_unreadable_files_are_named_and_can_be_left_out(folder, capsys, work
     assert lines[0] == "4 of 6 images of split train cannot be read:"
     for line, index, words in (
         (lines[1], 1, f"photograph {folder / 'train' / '1.jpg'}: "),
-        (lines[2], 3, f"photograph {folder / 'train' / '3.jpg'}: the file is empty"),
+        (lines[2], 3, f"photograph {folder / 'train' / '3.jpg'}: it is empty, an image file was needed"),
         (lines[3], 4, f"label map {folder / 'train' / '4_labels.png'}: "),
         (lines[4], 5, f"photograph {folder / 'train' / '5.jpg'}: there is no such file"),
     ):

@@ -129,7 +129,7 @@ def test_faults_of_all_splits_come_together_and_duplicates_are_named(tmp_path):
         open_data(tmp_path)
     for words in (
         "1 of 3 images of split train cannot be read",
-        "1.png: no image of a known format",
+        "1.png: it is no image of a format that is read",
         "1 of 3 label maps of split train do not suit",
         "Got a label map saved as JPEG",
         "1 of 3 label maps of split validation do not suit",

@@ -98,8 +98,8 @@ def test_photograph_is_turned_as_exif_says_and_the_map_must_fit_it():
     ("damage", "message"),
     [
         (lambda data: data[: len(data) // 2], "truncated"),
-        (lambda data: b"", "the file is empty"),
-        (lambda data: b"no image at all", "no image of a known format"),
+        (lambda data: b"", "it is empty, an image file was needed"),
+        (lambda data: b"no image at all", "it is no image of a format that is read"),
     ],
     ids=["half", "empty", "text"],
 )
@@ -115,7 +115,7 @@ def test_damaged_files_are_told_apart_from_wrong_ones(image_format, damage, mess
 
 def test_missing_and_empty_files_are_unreadable(tmp_path):
     (tmp_path / "empty.png").touch()
-    for name, message in (("none.png", "there is no such file"), ("empty.png", "the file is empty")):
+    for name, message in (("none.png", "there is no such file"), ("empty.png", "it is empty, an image file was needed")):
         with pytest.raises(UnreadableImageError, match=message):
             read_image({"path": str(tmp_path / name), "bytes": None})
     with pytest.raises(UnreadableImageError, match="the dataset has none here"):

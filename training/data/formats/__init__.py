@@ -1,5 +1,7 @@
 """A user's own annotations in usual formats, found by themselves: photographs and label maps of ids, by split."""
 
+from collections.abc import Callable
+
 from .coco import find_coco
 from .colors import resolve_colors
 from .cvat import find_cvat
@@ -32,7 +34,7 @@ def find_format(tree: Tree) -> Found | None:
         ImportError: If reading the format needs pycocotools, and it is not installed.
         ValueError: If it is in several formats, or incomplete; the message says what was found and what to do.
     """
-    found = [each for each in (find(tree) for find in _FORMATS) if each is not None]
+    found = [each for each in (_look(find, tree) for find in _FORMATS) if each is not None]
     if len(found) > 1:
         names = " and ".join(each.layout for each in found)
         raise ValueError(
@@ -40,6 +42,22 @@ def find_format(tree: Tree) -> Found | None:
             "the others out of the folder, or pass the folder that holds only one."
         )
     return found[0] if found else find_pairs(tree)
+
+
+def _look(find: Callable[[Tree], Found | None], tree: Tree) -> Found | None:
+    """Look for one format; what its annotations lack, or have of another type, is no mistake of ours.
+
+    Raises:
+        ValueError: If they are not as the format has them.
+    """
+    try:
+        return find(tree)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError) as error:
+        name = find.__name__.removeprefix("find_")
+        raise ValueError(
+            f"{tree.folder} has annotations that look like {name}, but are not as that format has them "
+            f"({type(error).__name__}: {error}); export them again, or move them out of the folder."
+        ) from error
 
 
 def describe_unknown(tree: Tree) -> str:

@@ -1,14 +1,17 @@
 """COCO: objects as polygons or run lengths, and panoptic PNGs of segment ids, drawn as label maps of classes."""
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from depict_hf.photo_files import read_image
 
 from .found import Found, Tree, check_class_count, listed, refuse, split_of, words
 from .rendering import Drawing, content_key, render, state_key
+from .shapes import blank_map
 
 BACKGROUND_NAMES = ("background", "_background_", "__background__", "bg")
 # Files of other tasks beside those of segmentation; keypoints repeat the people among the instances.
@@ -60,11 +63,13 @@ def read_coco(path: Path) -> dict | None:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return None
     if not isinstance(content, dict) or not all(
         isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
     ):
+        return None
+    if not all(isinstance(each, dict) for key in ("images", "annotations", "categories") for each in content[key]):
         return None
     kinds = [each for each in content["annotations"] if "segments_info" in each or each.get("segmentation")]
     if content["annotations"] and not kinds:
@@ -156,6 +161,7 @@ def draw_instances(annotations: list[dict], height: int, width: int, classes: di
     Raises:
         ValueError: If an annotation has no outline, no known category, or another size.
     """
+    labels = blank_map(height, width)
     masks = []
     for annotation in annotations:
         which = f"annotation {annotation.get('id')}"
@@ -166,10 +172,20 @@ def draw_instances(annotations: list[dict], height: int, width: int, classes: di
             raise ValueError(f"{which} has no outline; draw one, or remove it")
         if isinstance(shape, list):
             usable = [polygon for polygon in shape if len(polygon) >= 6]
+            if not all(np.isfinite(polygon).all() and len(polygon) % 2 == 0 for polygon in usable):
+                raise ValueError(f"{which} has a polygon whose coordinates are not pairs of finite numbers; correct it")
             if not usable:
                 raise ValueError(f"{which} has a polygon of fewer than three points; correct or remove it")
             encoded = coco_mask.merge(coco_mask.frPyObjects(usable, height, width))
+        elif list(shape["size"]) != [height, width]:
+            raise ValueError(
+                f"{which} is of {tuple(shape['size'])}, the photograph of {(height, width)} (height, width)"
+            )
         elif isinstance(shape["counts"], list):
+            if any(not isinstance(run, int) or run < 0 for run in shape["counts"]):
+                raise ValueError(f"{which} has run lengths that are no numbers of pixels; correct or remove it")
+            if sum(shape["counts"]) != height * width:
+                raise ValueError(f"{which} has run lengths of {sum(shape['counts'])} pixels, needed {height * width}")
             encoded = coco_mask.frPyObjects(shape, *shape["size"])
         else:
             encoded = shape
@@ -178,7 +194,6 @@ def draw_instances(annotations: list[dict], height: int, width: int, classes: di
             raise ValueError(f"{which} is of {mask.shape}, the photograph of {(height, width)} (height, width)")
         order = (not annotation.get("iscrowd", 0), -int(mask.sum()))
         masks.append((order, mask, classes[annotation["category_id"]]))
-    labels = np.zeros((height, width), dtype=np.uint8)
     for _, mask, label in sorted(masks, key=lambda each: each[0]):
         labels[mask] = label
     return labels
@@ -197,8 +212,8 @@ def _panoptic(tree: Tree, sources: dict[str, tuple[Path, dict]], categories: dic
         key = content_key(path)
         for image in labelled:
             annotation = segments[image["id"]]
-            file = (folder or path.parent) / annotation["file_name"]
-            if not file.is_file():
+            file = Path(os.path.abspath((folder or path.parent) / annotation["file_name"]))
+            if Path(os.path.abspath(tree.folder)) not in file.parents or not file.is_file():
                 faults.append(f"{tree.relative(path)}: there is no {file}")
                 continue
             table = {each["id"]: classes.get(each["category_id"], -1) for each in annotation["segments_info"]}
@@ -224,8 +239,7 @@ def draw_panoptic(path: Path, classes: dict[int, int]) -> np.ndarray:
     Raises:
         ValueError: If the PNG has segments that are not listed, or of an unknown category.
     """
-    with Image.open(path) as image:
-        pixels = np.array(image.convert("RGB")).astype(np.int64)
+    pixels = np.array(read_image(path)[0].convert("RGB")).astype(np.int64)
     ids = pixels[..., 0] + 256 * pixels[..., 1] + 65536 * pixels[..., 2]
     present, places = np.unique(ids, return_inverse=True)
     table = {0: 255} | classes

@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from depict_hf.photo_files import FORMATS, UnreadableImageError, decoding, read_image
+
 from .color_tables import Color, ColorTable, find_color_table
 from .found import SHOWN
 from .rendering import Drawing, render, state_key
@@ -74,18 +76,20 @@ def resolve_colors(folder: Path, paths: Sequence[Path], ignored: Sequence[Color]
 def _mode(path: Path) -> str | None:
     """Tell how a file stores pixels; None where it is no picture, or a JPEG, which is refused when it is read."""
     try:
-        with Image.open(path) as image:
-            return None if image.format == "JPEG" else image.mode
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        Image.init()
+        known = [name for name in FORMATS if name in Image.OPEN]
+        with decoding(), Image.open(path, formats=known) as image:
+            return None if image.format in ("JPEG", "MPO") else image.mode
+    except UnreadableImageError:
         return None  # reported with all other files that cannot be read
 
 
 def _draw(path: Path, table: ColorTable) -> np.ndarray:
-    with Image.open(path) as image:
-        indices = np.array(image) if image.mode == "P" else None
-        if image.mode == "RGBA" and image.getextrema()[3][0] < 255:
-            raise ValueError("it is partly transparent; save it without alpha, each pixel in the colour of its class")
-        pixels = np.array(image.convert("RGB"))
+    image, _ = read_image(path)
+    indices = np.array(image) if image.mode == "P" else None
+    if image.mode == "RGBA" and np.array(image)[..., 3].min() < 255:
+        raise ValueError("it is partly transparent; save it without alpha, each pixel in the colour of its class")
+    pixels = np.array(image.convert("RGB"))
     values = _packed(pixels)
     colors = np.array([_packed(np.array(color, dtype=np.uint8)) for color in table.classes])
     labels = np.array(list(table.classes.values()), dtype=np.uint8)
@@ -121,9 +125,8 @@ def _refuse_colors(folder: Path, paths: Sequence[Path], count: int) -> None:
     colored = []
     for path in tqdm(paths[::step], desc="Reading colours", disable=not sys.stderr.isatty(), leave=False):
         try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            pixels = np.array(read_image(path)[0].convert("RGB"))
+        except OSError:
             continue  # reported with all other files that cannot be read
         values, pixel_counts = np.unique(_packed(pixels), return_counts=True)
         if any(len(set(_unpacked(value))) > 1 for value in values.tolist()):

@@ -11,7 +11,7 @@ from ..imagefolder import SPLIT_NAMES
 from .coco import BACKGROUND_NAMES, find_photograph
 from .found import Found, Tree, check_class_count, listed, refuse, split_of, without_area
 from .rendering import Drawing, content_key, render_splits
-from .shapes import inside_polygon, inside_rectangle, place_mask
+from .shapes import blank_map, inside_polygon, inside_rectangle, place_mask
 
 _AREAS = ("polygon", "mask", "box")
 
@@ -84,7 +84,7 @@ def _read(path: Path) -> ElementTree.Element | None:
 
 def _draw(image: ElementTree.Element, classes: dict[str, int]) -> np.ndarray:
     height, width = int(image.get("height", 0)), int(image.get("width", 0))
-    labels = np.zeros((height, width), dtype=np.uint8)
+    labels = blank_map(height, width)
     shapes = sorted(image, key=lambda shape: int(shape.get("z_order", 0)))
     for number, shape in enumerate(each for each in shapes if each.tag in _AREAS):
         try:
@@ -112,7 +112,7 @@ def _stencil(shape: ElementTree.Element) -> np.ndarray:
     """Draw a mask in its own box from the lengths of runs along its rows, the first of which is outside."""
     height, width = int(float(shape.get("height", 0))), int(float(shape.get("width", 0)))
     runs = [int(run) for run in shape.get("rle", "").split(",")]
-    inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    if inside.size != height * width:
-        raise ValueError(f"its run lengths give {inside.size} pixels, needed {height} x {width}")
-    return inside.reshape(height, width)
+    if min(runs) < 0 or sum(runs) != height * width:
+        raise ValueError(f"its run lengths give {sum(runs)} pixels, needed {height} x {width}")
+    blank_map(height, width)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)

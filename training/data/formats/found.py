@@ -39,7 +39,7 @@ class Found:
 class Tree:
     """All files in a folder and below, in order; hidden ones and those of archives of macOS are left out.
 
-    Links to folders are followed, each folder once.
+    Links to folders are followed, each folder once. Pipes and devices, which reading would wait for, are no files.
     """
 
     def __init__(self, folder: Path):
@@ -56,7 +56,8 @@ class Tree:
                     inner.append(name)
             folders[:] = inner
             self.folders += [Path(parent, name) for name in inner]
-            self.files += [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
+            paths = (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+            self.files += [path for path in paths if path.is_file() or path.is_symlink()]
 
     @cached_property
     def images(self) -> list[Path]:

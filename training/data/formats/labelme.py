@@ -1,22 +1,21 @@
 """LabelMe: a JSON file of named shapes for each photograph, drawn in their order."""
 
 import base64
-import binascii
-import io
 import json
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
-from PIL import Image
 
+from depict_hf.photo_files import read_image
 from depict_hf.writing import write_whole
 
 from .coco import BACKGROUND_NAMES, find_photograph
 from .found import Found, Tree, check_class_count, listed, refuse, split_of, without_area
 from .rendering import Drawing, cache_folder, content_key, render_splits
-from .shapes import inside_circle, inside_polygon, inside_rectangle, place_mask
+from .shapes import blank_map, inside_circle, inside_polygon, inside_rectangle, place_mask
 
 _AREAS = ("polygon", "rectangle", "circle", "mask")
 _IGNORED = "__ignore__"
@@ -76,12 +75,12 @@ def find_labelme(tree: Tree) -> Found | None:
 def _read(path: Path) -> dict | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return None
     shapes = content.get("shapes") if isinstance(content, dict) else None
     if not isinstance(shapes, list) or not ("imagePath" in content or "imageData" in content):
         return None
-    return content if all(isinstance(each, dict) and "label" in each for each in shapes) else None
+    return content if all(isinstance(each, dict) and isinstance(each.get("label"), str) for each in shapes) else None
 
 
 def _class_names(used: set[str], given: tuple[str, ...] | None, tree: Tree) -> tuple[str, ...]:
@@ -108,8 +107,11 @@ def _photograph(tree: Tree, path: Path, content: dict, split: str | None) -> Pat
     """Find the file that a JSON file belongs to: the one that it names, one of its own name, or the one inside it."""
     named = content.get("imagePath")
     if named:
-        beside = path.parent / PureWindowsPath(named).as_posix()
-        if beside.is_file():
+        if not isinstance(named, str) or "\0" in named:
+            raise ValueError(f"its imagePath is {named!r}, needed is the name of a file")
+        beside = Path(os.path.abspath(path.parent / PureWindowsPath(named).as_posix()))
+        # Of files elsewhere, which a file from a stranger may name, only those of the same name below the folder.
+        if Path(os.path.abspath(tree.folder)) in beside.parents and beside.is_file():
             return beside
         found = find_photograph(tree, PureWindowsPath(named).name, path, split)
         if isinstance(found, Path):
@@ -121,9 +123,8 @@ def _photograph(tree: Tree, path: Path, content: dict, split: str | None) -> Pat
         raise ValueError(f"there is no photograph {named or path.stem} below {tree.folder}, nor one in the file itself")
     try:
         data = base64.b64decode(content["imageData"], validate=True)
-        with Image.open(io.BytesIO(data)) as image:
-            suffix = (image.format or "png").lower()
-    except (binascii.Error, OSError, ValueError) as error:
+        suffix = (read_image(data)[0].format or "png").lower()
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"its imageData is no picture ({error})") from error
     target = cache_folder() / "depict_photographs" / f"{path.stem}-{content_key(path)[:24]}.{suffix}"
     if not target.is_file():
@@ -134,14 +135,13 @@ def _photograph(tree: Tree, path: Path, content: dict, split: str | None) -> Pat
 def _draw(content: dict, classes: dict[str, int], photograph: Path) -> np.ndarray:
     height, width = content.get("imageHeight"), content.get("imageWidth")
     if not height or not width:
-        with Image.open(photograph) as image:
-            width, height = image.size
-    labels = np.zeros((height, width), dtype=np.uint8)
+        width, height = read_image(photograph)[0].size
+    labels = blank_map(height, width)
     for number, shape in enumerate(content["shapes"]):
         if (shape.get("shape_type") or "polygon") in _AREAS:
             try:
                 labels[_inside(shape, height, width)] = classes[shape["label"]]
-            except (ValueError, TypeError, binascii.Error) as error:
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
                 raise ValueError(f"shape {number} ({shape['label']}) cannot be drawn: {error}") from error
     return labels
 
@@ -161,6 +161,5 @@ def _inside(shape: dict, height: int, width: int) -> np.ndarray:
         return inside_rectangle([(left, top), (right, bottom)], height, width)
     if kind == "circle":
         return inside_circle(points[0], points[1], height, width)
-    with Image.open(io.BytesIO(base64.b64decode(shape.get("mask") or ""))) as picture:
-        stencil = np.array(picture.convert("L")) > 0
+    stencil = np.array(read_image(base64.b64decode(shape.get("mask") or ""))[0].convert("L")) > 0
     return place_mask(stencil, round(points[0][0]), round(points[0][1]), height, width)

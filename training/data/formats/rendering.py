@@ -62,11 +62,12 @@ def render(drawings: Sequence[Drawing]) -> list[Path]:
             continue
         try:
             ids = drawing.draw()
-        except (ValueError, OSError, SyntaxError) as error:
+        except Exception as error:  # whatever a damaged annotation makes of the code that draws it
             if drawing.source is not None and not _can_be_decoded(drawing.source):
                 paths[-1] = drawing.source
                 continue
-            faults.append(f"{drawing.name}: {error}")
+            kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+            faults.append(f"{drawing.name}: {kind}{error}")
             continue
         write_whole(encode_picture(Image.fromarray(ids.astype(np.uint8)), drawing.path), drawing.path)
     refuse(faults, f"{len(faults)} of {len(drawings)} label maps cannot be made:")

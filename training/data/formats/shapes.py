@@ -4,7 +4,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from depict_hf.photo_files import MAX_PHOTO_PIXELS
+
 Points = Sequence[tuple[float, float]]
+
+
+def blank_map(height: object, width: object) -> np.ndarray:
+    """Make a label map of class 0, uint8 `(height, width)`, of a size that annotations declare.
+
+    Raises:
+        ValueError: If they are no numbers of pixels, or more than any photograph has.
+    """
+    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
+        raise ValueError(f"its size is declared as {height!r} x {width!r}, needed are two numbers of pixels")
+    if height * width > MAX_PHOTO_PIXELS:
+        raise ValueError(f"its size is declared as {height} x {width} pixels, needed are at most {MAX_PHOTO_PIXELS}")
+    return np.zeros((height, width), dtype=np.uint8)
 
 
 def inside_polygon(points: Points, height: int, width: int) -> np.ndarray:
@@ -13,7 +28,12 @@ def inside_polygon(points: Points, height: int, width: int) -> np.ndarray:
     Args:
         points: Its corners (x, y), in pixels from the picture's upper left corner.
         height, width: Size of the picture, in pixels.
+
+    Raises:
+        ValueError: If a coordinate is not finite.
     """
+    if not np.isfinite(points).all():
+        raise ValueError("it has coordinates that are not finite numbers")
     # Each edge toggles, in every row that it crosses, all pixels to the right of it.
     toggles = np.zeros((height, width + 1), dtype=np.int32)
     for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]], strict=True):
@@ -42,6 +62,8 @@ def inside_rectangle(corners: Points, height: int, width: int, degrees: float = 
 
 def inside_circle(center: tuple[float, float], edge: tuple[float, float], height: int, width: int) -> np.ndarray:
     """Find the pixels in a circle about `center` through `edge`; as `inside_polygon`."""
+    if not np.isfinite([center, edge]).all():
+        raise ValueError("it has coordinates that are not finite numbers")
     rows, columns = np.mgrid[:height, :width] + 0.5
     radius = np.hypot(edge[0] - center[0], edge[1] - center[1])
     return np.hypot(columns - center[0], rows - center[1]) <= radius
