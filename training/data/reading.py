@@ -93,9 +93,9 @@ def read_image(encoded: dict | None) -> Image.Image:
 
 def _read(encoded: dict | None) -> tuple[Image.Image, str | None]:
     """Do as `read_image` does, and return the note of `photo_files.read_image`, too."""
-    data, path = (None, None) if encoded is None else (encoded["bytes"], encoded["path"])
-    if data is None and path is None:
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
         raise UnreadableImageError("the dataset has none here")
+    data, path = encoded["bytes"], encoded["path"]
     try:
         if data is None and "://" in path:  # inside an archive, or on the network
             with xopen(path, "rb") as file:

@@ -115,7 +115,7 @@ def test_damaged_files_are_told_apart_from_wrong_ones(image_format, damage, mess
 
 def test_missing_and_empty_files_are_unreadable(tmp_path):
     (tmp_path / "empty.png").touch()
-    for name, message in (("none.png", "there is no such file"), ("empty.png", "it is empty, an image file was needed")):
+    for name, message in (("none.png", "there is no such file"), ("empty.png", "it is empty, an image")):
         with pytest.raises(UnreadableImageError, match=message):
             read_image({"path": str(tmp_path / name), "bytes": None})
     with pytest.raises(UnreadableImageError, match="the dataset has none here"):

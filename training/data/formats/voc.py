@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ..imagefolder import SPLIT_NAMES, find_class_names
+from ..imagefolder import SPLIT_NAMES, find_class_names, read_text
 from .colors import resolve_colors
 from .found import Found, Tree, listed
 
@@ -106,9 +106,9 @@ def _read_lists(folder: Path) -> dict[str, list[str]]:
     """Names of photographs by split; a list whose name is no split's is taken for the only one if it is."""
     lists: dict[str, list[str]] = {}
     others: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("*.txt")):
+    for path in (each for each in sorted(folder.glob("*.txt")) if each.is_file()):
         # Lists of single classes (`car_train.txt`) have a second column.
-        names = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
         split = SPLIT_NAMES.get(path.stem.lower())
         (others if split is None else lists)[split or path.stem] = list(dict.fromkeys(names))
     if not lists and others:
