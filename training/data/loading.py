@@ -87,7 +87,7 @@ def _load_folder(folder: Path, streaming: bool) -> Splits:
         raise ValueError(unknown)
     try:
         splits = datasets.load_dataset(str(folder), streaming=streaming)
-    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
+    except (AttributeError, LookupError, OSError, TypeError, ValueError, DatasetGenerationError) as error:
         raise ValueError(f"{unknown}\n(As a folder in Hub layout it cannot be read: {error})") from error
     return _named(Splits(splits, "a folder in Hub layout", find_class_names(folder), folder=folder))
 

@@ -134,3 +134,11 @@ def test_class_names_of_a_folder_go_with_its_splits(tmp_path):
     write_metadata(tmp_path, [write_pair(tmp_path, "a", 1)])
     (tmp_path / "classes.txt").write_text("a\nb\nc\nd\n")
     assert load_dataset_splits(tmp_path).class_names == ("a", "b", "c", "d")
+
+
+def test_an_empty_metadata_file_is_refused(tmp_path):
+    """For which `datasets` has an IndexError."""
+    Image.new("RGB", (6, 4)).save(tmp_path / "1.png")
+    (tmp_path / "metadata.jsonl").touch()
+    with pytest.raises(ValueError, match=r"The metadata in .* cannot be used; needed is a file_name in each line"):
+        load_dataset_splits(tmp_path)
