@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 from depict_hf import DepictConfig, DepictForSemanticSegmentation
 from depict_hf.configuration_depict import published_decoder_fields
 from depict_hf.loading import load_model, model_source
+from depict_hf.weight_files import one_line
 
 from .recipe_model import load_backbone
 
@@ -77,9 +78,12 @@ def start_from(source: str, class_names: tuple[str, ...], decoder_type: str | No
     place = str(model_source(source))
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (ValueError, StrictDataclassError) as error:
+    except OSError:
+        raise
+    # Of damaged settings, and of code that would have to be trusted, transformers raises errors of many kinds.
+    except Exception as error:
         raise ValueError(
-            f"Got --from {source}, which transformers cannot read: {error}. Name a model of this package, or a "
+            f"Got --from {source}, which transformers cannot read: {one_line(error)} Name a model of this package, or a "
             "backbone such as facebook/dinov2-small."
         ) from error
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
@@ -143,8 +147,8 @@ def _from_backbone(source: str, place: str, config: PreTrainedConfig, labels: di
         model = DepictForSemanticSegmentation(DepictConfig(backbone_config=config, **fields))
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(
-            f"Got --from {source}, of the architecture {config.model_type!r}, which cannot be an encoder here: {error}."
-            " Name a model of this package, or a backbone such as facebook/dinov2-small."
+            f"Got --from {source}, of the architecture {config.model_type!r}, which cannot be an encoder here: "
+            f"{one_line(error)} Name a model of this package, or a backbone such as facebook/dinov2-small."
         ) from error
     load_backbone(model, place)
     return _with_new_decoder(source, place, config, model)

@@ -122,3 +122,12 @@ def test_what_cannot_be_an_encoder_is_refused_by_name(tmp_path, config):
     config.save_pretrained(tmp_path)
     with pytest.raises((ValueError, OSError), match=r"resnet|beit|model\.safetensors"):
         start_from(str(tmp_path), CLASSES)
+
+
+def test_code_of_a_hostile_hand_is_neither_run_nor_asked_about(tmp_path):
+    """As `trust_remote_code=None` would do on a terminal."""
+    (tmp_path / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}')
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'witness')!r}, 'w')")
+    with pytest.raises(ValueError, match="contains custom code which must be executed") as caught:
+        start_from(str(tmp_path), ("a", "b"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "witness").exists()
