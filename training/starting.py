@@ -83,8 +83,8 @@ def start_from(source: str, class_names: tuple[str, ...], decoder_type: str | No
     # Of damaged settings, and of code that would have to be trusted, transformers raises errors of many kinds.
     except Exception as error:
         raise ValueError(
-            f"Got --from {source}, which transformers cannot read: {one_line(error)} Name a model of this package, or a "
-            "backbone such as facebook/dinov2-small."
+            f"Got --from {source}, which transformers cannot read: {one_line(error)} Name a model of this package, or "
+            "a backbone such as facebook/dinov2-small."
         ) from error
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if isinstance(config, DepictConfig):
