@@ -23,6 +23,7 @@ from .photographs import (
     standard_input,
 )
 from .resuming import Outcome, Results, how_to_go_on
+from .threads import spin_briefly
 from .writing import check_file, check_folder, whole_folder, write_whole
 
 __all__ = ["PHOTO_SUFFIXES", "main"]
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if all went well, 1 if a photograph could not be segmented or the disk is full, 2 if the command could not
         start, 130 after SIGINT, 143 after SIGTERM; for `TRAINING_COMMANDS` what they return.
     """
+    spin_briefly()
     argv = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names and classes that its encoding does not know

@@ -33,6 +33,25 @@ def test_what_needs_no_model_loads_no_torch(statement):
     assert not {"transformers", "torch", "torchvision", "huggingface_hub", "accelerate"} & loaded
 
 
+@pytest.mark.parametrize(
+    ("setting", "spins"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+@pytest.mark.parametrize("statement", ["from depict_hf.cli import main; main([])", "import training"])
+def test_threads_of_commands_sleep_soon_unless_told(statement, setting, spins):
+    """Fails if PyTorch comes before the setting, which is then too late, or if a user's own one is lost."""
+    code = f"""
+import os, sys
+[os.environ.pop(name, None) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")]
+os.environ.update({setting!r})
+try:
+    {statement}
+except SystemExit:
+    pass
+print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+"""
+    assert run_python(code).split()[-2:] == [spins, "False"]
+
+
 def test_import_stays_light():
     loaded = modules_after("import depict_hf, depict_hf.inference, depict_hf.cli")
     assert "depict_hf.modeling_depict" in loaded

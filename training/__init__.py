@@ -12,6 +12,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+from depict_hf.threads import spin_briefly
+
 _MOVED = {
     **{
         name: f"data.{name}"
@@ -45,6 +47,9 @@ class _MovedModules(MetaPathFinder, Loader):
         moved = vars(importlib.import_module(new_name))
         vars(module).update({name: value for name, value in moved.items() if not name.startswith("__")})
 
+
+# This runs before the commands of this package import PyTorch.
+spin_briefly()
 
 # Before other finders for installed projects, such as those of editable installs, but after ordinary files.
 if not any(type(finder).__name__ == _MovedModules.__name__ for finder in sys.meta_path):
