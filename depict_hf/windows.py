@@ -1,6 +1,5 @@
 """Pure functions on images and logits larger than one window: cut, merge, label by bands."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -107,7 +106,8 @@ def window_corners(size: tuple[int, int], window_size: int, window_stride: int) 
             f"Got windows of {window_size} pixels every {window_stride} for an image of {size[0]}x{size[1]}, needed a "
             "positive stride of at most the window, and a window of at most the image."
         )
-    count = math.prod(-(-(length - window_size) // window_stride) + 1 for length in size)
+    down, across = (-(-(length - window_size) // window_stride) + 1 for length in size)
+    count = down * across
     if count > MOST_WINDOWS or count * window_size**2 > MOST_WINDOW_PIXELS:
         raise ValueError(
             f"An image of {size[0]}x{size[1]} pixels has {count} windows of {window_size} every {window_stride}, "

@@ -281,7 +281,6 @@ def test_nothing_remains_of_an_interrupted_export(error, tmp_path, monkeypatch):
         ({"dynamic": True, "size": (32, 32)}, r"Got dynamic for any size together with size=\(32, 32\)"),
         ({"preprocess": True, "resample": 3}, "resizes by bicubic, but files only bilinearly .* --size"),
         ({"preprocess": True, "do_antialias": True}, "resizes by bilinear with antialiasing, but files"),
-        ({"preprocess": True, "image_mean": (0.5, 0.5)}, r"Got image_mean=\[0.5, 0.5\] for a model of 3 channels"),
         ({"photo": "MISSING"}, "The photograph MISSING cannot be read"),
     ],
 )

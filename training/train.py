@@ -351,7 +351,8 @@ def _train(arguments: argparse.Namespace) -> None:
         record |= {"model": str(arguments.output), "dataset": arguments.dataset, "split": recipe.data.test_split}
         record["environment"] = started_in
         write_json(record, arguments.output / "evaluation.json")
-        write_card(arguments.output)
+        if not (arguments.output / "README.md").exists():  # a card of the user's own stays
+            write_card(arguments.output)
         print(render_table(record))
         if recipe.hardware.push_to_hub is not None:
             print(f"uploaded: {upload(arguments.output, recipe.hardware.push_to_hub)}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,8 @@ def test_killed_while_writing_leaves_no_file(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "replace", killed)
+    for name in ("replace", "link"):
+        monkeypatch.setattr(os, name, killed)
     with pytest.raises(KeyboardInterrupt):
         compare.write_whole("{}", tmp_path / "sa_seed0.json")
     assert list(tmp_path.glob("*.json")) == []
