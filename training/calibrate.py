@@ -22,6 +22,7 @@ from .evaluation import (
     class_names,
     describe_calibration,
     draw_reliability,
+    end_processes,
     environment,
     evaluate,
     figures_at,
@@ -74,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    state.destroy_process_group()
+    end_processes()
     return 0
 
 

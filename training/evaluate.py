@@ -30,6 +30,7 @@ from .evaluation import (
     compare_metrics,
     describe,
     draw_reliability,
+    end_processes,
     environment,
     evaluate,
     evaluate_under,
@@ -120,7 +121,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    state.destroy_process_group()
+    end_processes()
     difference = record.get("cross_check", {}).get("largest_difference", 0.0)
     if difference > CROSS_CHECK_TOLERANCE:
         print(f"error: evaluate's mean_iou differs by {difference:.3g}; see cross_check in the record", file=sys.stderr)

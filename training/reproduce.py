@@ -15,6 +15,7 @@ from .evaluation import (
     Execution,
     check_outputs,
     describe,
+    end_processes,
     environment,
     flush_every_line,
     render_table,
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    state.destroy_process_group()
+    end_processes()
     return EXIT_CODES[record["verdict"]]
 
 

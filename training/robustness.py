@@ -25,6 +25,7 @@ from .evaluation import (
     Corruption,
     add_data_arguments,
     check_outputs,
+    end_processes,
     environment,
     parse_corruptions,
     start_processes,
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    state.destroy_process_group()
+    end_processes()
     return 0
 
 

@@ -32,7 +32,7 @@ from .data import (
     load_dataset_splits,
     print_once,
 )
-from .evaluation import Execution, environment, evaluate, render_table, write_card, write_json
+from .evaluation import Execution, end_processes, environment, evaluate, render_table, write_card, write_json
 from .optimization import (
     RecipeLoss,
     SegmentationTrainer,
@@ -302,6 +302,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except (FloatingPointError, ImportError, OSError, SafetensorError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    end_processes()  # here, where the trainer is out of use
     return 0
 
 
@@ -356,9 +357,6 @@ def _train(arguments: argparse.Namespace) -> None:
         print(render_table(record))
         if recipe.hardware.push_to_hub is not None:
             print(f"uploaded: {upload(arguments.output, recipe.hardware.push_to_hub)}")
-    # Processes that end with their connections open may crash.
-    trainer.accelerator.wait_for_everyone()
-    PartialState().destroy_process_group()
 
 
 def save_trained(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .evaluation import add_data_arguments, check_outputs, environment, start_processes, write_json
+from .evaluation import add_data_arguments, check_outputs, end_processes, environment, start_processes, write_json
 from .evidence.perturbations import load_groups, parse_groups
 from .evidence.white_box import measure_white_box
 from .evidence.white_box_card import RECORD_NAME, render_card, write_card
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    state.destroy_process_group()
+    end_processes()
     return 0
 
 

@@ -1,6 +1,14 @@
 """Data set-level mIoU, corrupted photographs, worst images, pictures, measurements, and records of all of these."""
 
-from .arguments import add_data_arguments, check_outputs, load_samples, load_with_overrides, settings, start_processes
+from .arguments import (
+    add_data_arguments,
+    check_outputs,
+    end_processes,
+    load_samples,
+    load_with_overrides,
+    settings,
+    start_processes,
+)
 from .calibration import Calibration, CalibrationObserver, check_diagram, draw_reliability
 from .card import write_card
 from .corruptions import CORRUPTIONS, SEVERITIES, Corruption, parse_corruptions
@@ -60,6 +68,7 @@ __all__ = [
     "describe_calibration",
     "draw_curves",
     "draw_reliability",
+    "end_processes",
     "environment",
     "evaluate",
     "evaluate_under",

@@ -1,6 +1,7 @@
 """What every command that evaluates takes, and what it makes of that: protocol, samples, processes."""
 
 import argparse
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,18 @@ if TYPE_CHECKING:
 def start_processes() -> PartialState:
     """Join the processes that were launched together, on the CPU where nothing is faster or accelerate was told so."""
     return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def end_processes() -> None:
+    """Close the connections of the processes that were launched together; to be called when nothing uses them any more.
+
+    A group of processes lives as long as anything refers to it, such as a wrapped model in a cycle of references. Left
+    to the end of the interpreter, its threads would free tensors then, and the process would abort.
+    """
+    gc.collect()
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
