@@ -19,10 +19,10 @@ from .configuration_depict import IGNORE_LABEL
 from .photo_files import MAX_PHOTO_PIXELS, check_resized, decoding, grey_or_colored, read_image
 from .ranges import check_image_settings, check_whole
 from .resampling import resize_bilinear, size_of
+from .segmentation_maps import flatten, read_segmentation_maps, to_tensor
 from .windows import CoarseScores, label_map
 
 SIZE_KEYS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
-MAP_MODES = ("1", "L", "P", "I", "F", "LA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 # The checker does not read transformers, so that it does not see that the base is a `TypedDict`, which takes `total`.
@@ -179,7 +179,7 @@ class DepictImageProcessor(TorchvisionBackend):
             if image.mode[0] in "IF":  # more than 8 bits, which PIL would clip
                 image = np.array(image)
         if isinstance(image, np.ndarray):
-            image = _to_tensor(image)
+            image = to_tensor(image)
         if isinstance(image, torch.Tensor):
             image = _to_8_bits(image)
         return super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs)
@@ -249,7 +249,7 @@ class DepictImageProcessor(TorchvisionBackend):
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list:
         """Flatten nested lists and batches to a list of single images; unlike the base class, with 2-D arrays."""
-        images = _flatten(self.fetch_images(images))
+        images = flatten(self.fetch_images(images))
         if not images:
             raise ValueError("Got no images; pass at least one.")
         for image in images:
@@ -272,7 +272,7 @@ class DepictImageProcessor(TorchvisionBackend):
         images = self._prepare_image_like_inputs(images, **reading)
         data: dict[str, Any] = {"pixel_values": self._preprocess(images, **kwargs)}
         if segmentation_maps is not None:
-            labels = _label_maps(segmentation_maps, [size_of(image) for image in images])
+            labels = read_segmentation_maps(segmentation_maps, [size_of(image) for image in images])
             if do_reduce_labels:
                 labels = [torch.where((ids == 0) | (ids == IGNORE_LABEL), IGNORE_LABEL, ids - 1) for ids in labels]
             data["labels"] = [  # `F.interpolate` takes no integers; float32 holds ids up to 2**24 exactly.
@@ -312,13 +312,6 @@ class DepictImageProcessor(TorchvisionBackend):
         return reorder_images(groups, order)
 
 
-def _flatten(images) -> list:
-    """Single images out of one image, a batch with four dimensions, or nested lists of either."""
-    if isinstance(images, (list, tuple)):
-        return [image for item in images for image in _flatten(item)]
-    return list(images) if getattr(images, "ndim", None) == 4 else [images]
-
-
 def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
     sizes = sorted({tuple(tensor.shape[-2:]) for tensor in tensors})
     if len(sizes) > 1:
@@ -327,11 +320,6 @@ def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
             'pass one image at a time, or set size={"height": ..., "width": ...}, or leave return_tensors out.'
         )
     return torch.stack(tensors)
-
-
-def _to_tensor(array: np.ndarray) -> torch.Tensor:
-    """Copy an array into a tensor where torch refuses its byte order or strides, or warns about read-only memory."""
-    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
 
 
 def _to_8_bits(image: torch.Tensor) -> torch.Tensor:
@@ -351,76 +339,3 @@ def _to_8_bits(image: torch.Tensor) -> torch.Tensor:
     if image.dtype == torch.uint16 or high > 255:
         values = (values + 128) // 257  # 65535 = 255 * 257, rounded
     return values.to(torch.uint8)
-
-
-def _label_maps(segmentation_maps: ImageInput, sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
-    """Read one map of class ids, `(height, width)` int64, for each image, whose (height, width) are `sizes`."""
-    counted = getattr(segmentation_maps, "ndim", None) == 3 and len(sizes) > 1  # The first axis counts images then.
-    maps = list(segmentation_maps) if counted else _flatten(segmentation_maps)
-    if len(maps) != len(sizes):
-        raise ValueError(f"Got {len(maps)} segmentation maps for {len(sizes)} images; pass exactly one map per image.")
-    return [_label_map(segmentation_map, size) for segmentation_map, size in zip(maps, sizes, strict=True)]
-
-
-def _label_map(segmentation_map, size: tuple[int, int]) -> torch.Tensor:
-    """Read the map of class ids, `(height, width)` int64, of one image, whose (height, width) is `size`."""
-    if isinstance(segmentation_map, PIL.Image.Image):
-        if segmentation_map.mode not in MAP_MODES:
-            raise ValueError(
-                f"Got a segmentation map of PIL mode {segmentation_map.mode!r}; modes that hold class ids are "
-                f"{', '.join(MAP_MODES)}: map each colour to its id first."
-            )
-        with decoding(segmentation_map.size):
-            segmentation_map.load()
-        segmentation_map = np.array(segmentation_map)
-    if isinstance(segmentation_map, np.ndarray):
-        segmentation_map = _to_tensor(segmentation_map)
-    if not isinstance(segmentation_map, torch.Tensor):
-        raise ValueError(
-            f"Got a segmentation map of type {type(segmentation_map).__name__}; pass a PIL image, a numpy array or a "
-            "torch tensor (open a path with PIL.Image.open)."
-        )
-    ids = _single_channel(segmentation_map)
-    if ids.is_floating_point() and not torch.equal(ids, ids.round().nan_to_num()):
-        raise ValueError(
-            f"Got a segmentation map of {ids.dtype} with values that are no whole numbers; class ids are needed: do "
-            "not rescale, normalise or interpolate the map."
-        )
-    ids = ids.to(torch.int64)
-    if (ids < 0).any():
-        raise ValueError(
-            f"Got a segmentation map with the negative id {ids.min().item()}; class ids start at 0: give pixels "
-            f"without a class the ignored id {IGNORE_LABEL}."
-        )
-    if ids.shape != size:
-        raise ValueError(
-            f"Got a segmentation map of size {tuple(ids.shape)} for an image of size {size} (height, width), but they "
-            "must be equal; check that they belong together and are rotated alike (EXIF), or resize the map (nearest)."
-        )
-    return ids
-
-
-def _single_channel(values: torch.Tensor) -> torch.Tensor:
-    """Reduce a map with 1 to 4 equal channels, first or last, the 2nd or 4th being opaque alpha, to one channel."""
-    shape = tuple(values.shape)
-    if values.ndim == 2:
-        return values
-    if values.ndim == 3 and len(values) > 4:
-        values = values.movedim(-1, 0)  # channels were last
-    if values.ndim != 3 or not 1 <= len(values) <= 4:
-        raise ValueError(
-            f"Got a segmentation map of shape {shape}; needed is (height, width), or with equal channels first or last."
-        )
-    if len(values) in (2, 4):
-        if (values[-1] != 255).any():
-            raise ValueError(
-                f"Got a segmentation map of shape {shape} that is partly transparent; the id of such pixels is "
-                f"ambiguous: save it without alpha, with id {IGNORE_LABEL} where there is no class."
-            )
-        values = values[:-1]
-    if (values != values[:1]).any():
-        raise ValueError(
-            f"Got a segmentation map of shape {shape} with channels that differ, a colour image; needed is one channel "
-            "of class ids: map each colour to its id first."
-        )
-    return values[0]

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import PIL.Image
@@ -18,17 +18,18 @@ from .image_processing_depict import DepictImageProcessor
 from .modeling_depict import SegmentationModel
 from .passes import MAX_WAITING_PIXELS as MAX_WAITING_PIXELS
 from .passes import check_photo, is_out_of_memory, memory_error, stream_scores
-from .photo_files import MAX_PHOTO_PIXELS, UnreadableImageError, grey_or_colored, read_image, upright
+from .photo_files import upright
 from .ranges import MOST_SIZE, check_whole
+from .rgb_photo import UNREADABLE as UNREADABLE
+from .rgb_photo import load_photo as load_photo
+from .rgb_photo import read_photo as read_photo
+from .rgb_photo import rgb_photo as rgb_photo
 from .windows import CoarseScores, Segmentation, label_views
 
 Photo = PIL.Image.Image | np.ndarray | str | Path
 
 # Pixels that share a forward pass unless the caller says otherwise: 8 windows of 512 x 512.
 MAX_BATCH_PIXELS = 2**21
-
-# What reading a photograph raises, whatever its decoder raised.
-UNREADABLE = (OSError, ValueError)
 
 
 @overload
@@ -270,57 +271,6 @@ def segment_files(
         pass_on(None)  # Only unreadable files can be left.
         while finishing:
             yield _finished(*finishing.popleft())
-
-
-def load_photo(path: str | Path | BinaryIO, max_photo_pixels: int = MAX_PHOTO_PIXELS) -> PIL.Image.Image:
-    """Read a photograph upright, in 8-bit RGB.
-
-    What comes out for every kind of picture says `depict_hf.photo_files`; of animations and pages it is the first.
-
-    Args:
-        path: Of a file in one of `photo_files.FORMATS`; or such a file, open for reading bytes.
-        max_photo_pixels: Width times height that a file may declare, which is asked before it is decoded.
-
-    Raises:
-        UnreadableImageError: If the file is missing, no file, damaged or cut off, too large, or no photograph. It is an
-            `OSError` and a `ValueError`, of one line.
-    """
-    return read_photo(path, max_photo_pixels)[0]
-
-
-def read_photo(
-    path: str | Path | BinaryIO, max_photo_pixels: int = MAX_PHOTO_PIXELS
-) -> tuple[PIL.Image.Image, str | None]:
-    """Do as `load_photo` does, and also return a note for the user, or None."""
-    image, note = read_image(path, max_photo_pixels)
-    return rgb_photo(image), note
-
-
-def rgb_photo(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Make an image of any mode upright and 8-bit RGB, as `load_photo` returns it.
-
-    Raises:
-        UnreadableImageError: If it cannot be decoded, or holds floats.
-        ValueError: If it holds integers beyond 16 bits.
-    """
-    image = upright(image)
-    if image.mode != "RGB" or image.info.get("transparency") is not None:
-        image = grey_or_colored(image, to_rgb=True)
-    if image.mode == "RGB":
-        return image
-    if image.mode == "F":
-        raise UnreadableImageError(
-            "its values are floats, of which nothing says what is white; save it with 8 or 16 bits per channel"
-        )
-    try:
-        pixels = DepictImageProcessor().process_image(image, do_convert_rgb=True)
-        return PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UnreadableImageError(
-            f"there is not enough memory to convert its {image.width} x {image.height} pixels; make it smaller"
-        ) from error
 
 
 class _ReadFile(NamedTuple):
