@@ -1,6 +1,6 @@
 """How weights move: Trainer, losses, parameter groups, rates, averages, adapters, checkpoints."""
 
-from .adapters import add_adapters
+from .adapters import add_adapters, merge_adapters
 from .checkpoints import discard_unfinished, find_checkpoint, warn_once
 from .groups import (
     SCALE_PARAMETERS,
@@ -41,6 +41,7 @@ __all__ = [
     "encoder_block",
     "find_checkpoint",
     "freeze_encoder_blocks",
+    "merge_adapters",
     "optimizer_groups",
     "parameter_groups",
     "rate_factor",
