@@ -96,12 +96,9 @@ class _Version(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, **options)
 
     def __call__(self, parser, namespace, values, option_string=None):
-        from importlib.metadata import PackageNotFoundError, version
+        from .versions import version_line
 
-        try:
-            print(f"depict-hf {version('depict-hf')}")
-        except PackageNotFoundError:
-            print("depict-hf, not installed: run from its source code")
+        print(version_line())
         parser.exit()
 
 
@@ -248,6 +245,15 @@ def explain_photo(args: argparse.Namespace) -> int:
     return 0
 
 
+def print_information(args: argparse.Namespace) -> int:
+    """Print versions, extras and what computes here, for a report of a fault; it names no folders and no users."""
+    from .versions import describe_installation
+
+    for line in describe_installation():
+        print(line)
+    return 0
+
+
 COMMANDS = {
     "segment": Command("label every pixel of photographs", add_segment_arguments, segment_photos),
     "convert": Command("turn a published checkpoint.pth into a model folder", add_convert_arguments, convert_published),
@@ -255,6 +261,7 @@ COMMANDS = {
         "show why a photograph got its classes, on a page for people", add_explain_arguments, explain_photo
     ),
     "export": Command("write a model as a file that runs without this package", add_export_arguments, export_file),
+    "info": Command("print versions, for reports of faults", lambda parser: None, print_information),
 }
 # These read their own arguments: `depict evaluate ...` is `python -m training.evaluate ...` of the repository.
 TRAINING_COMMANDS = {
