@@ -1,5 +1,11 @@
 """DEPICT, the white-box decoder for semantic segmentation, for the Hugging Face ecosystem.
 
+`default_model()` gives the model that is shipped, `load_model(name)` any other, each with its image processor;
+`load_photo(path)` reads a photograph, `segment(model, image_processor, photos)` gives label maps, `segment_stream` of
+any number of them. `DepictForSemanticSegmentation`, `DepictConfig` and `DepictImageProcessor` are used as all models of
+transformers are: `from_pretrained`, `save_pretrained`, `pipeline("image-segmentation")`, `Trainer`. The instruments of
+the white box are in `depict_hf.analysis`; the command line is `depict --help`.
+
 Importing the package costs milliseconds: its names are loaded when they are used. It registers the classes with
 `AutoConfig`, `AutoModelForSemanticSegmentation` and `AutoImageProcessor`, whether transformers is imported before or
 after it, and marks them to travel with saved models, which then load with `trust_remote_code=True` elsewhere.

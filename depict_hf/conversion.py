@@ -134,7 +134,11 @@ def convert_with_report(
     im_size: int | None = None,
     class_names: Sequence[str] | str | Path | None = None,
 ) -> Conversion:
-    """Convert as `convert_checkpoint` does, and give an account of what was done."""
+    """Convert as `convert_checkpoint` does, and give an account of what was done.
+
+    Raises:
+        OSError, ValueError: As `convert_checkpoint`.
+    """
     checkpoint = Path(checkpoint)
     if checkpoint.is_dir():
         checkpoint = checkpoint / "checkpoint.pth"

@@ -355,7 +355,15 @@ def to_grid(scores: Tensor, grid_size: tuple[int, int]) -> Tensor:
 
 
 def check_grid(patches: Tensor, grid_size: tuple[int, int]) -> None:
-    """Raise ValueError unless `(batch, patches, ...)` fills the grid."""
+    """Check that as many patches have arrived as the grid has places.
+
+    Args:
+        patches: `(batch, patches, ...)`.
+        grid_size: (grid_height, grid_width), in patches.
+
+    Raises:
+        ValueError: If there are more or fewer.
+    """
     needed = grid_size[0] * grid_size[1]
     if patches.shape[1] != needed:
         raise ValueError(

@@ -84,6 +84,9 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
         source: A weights file (`.safetensors`, or a pickle of tensors), a folder with `model.safetensors`, or the name
             of a repository on the Hub that has one, such as "timm/vit_small_patch16_384.augreg_in21k_ft_in1k".
 
+    Returns:
+        Tensors by name, in the file's names, shapes and dtypes.
+
     Raises:
         OSError: If there is no such file or repository.
         ValueError: If the file is damaged, holds more than tensors, or values that are NaN or infinite.

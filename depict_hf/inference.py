@@ -122,6 +122,12 @@ def segment_stream(
     """Do as `segment` does for any number of photographs: one label map after the other, in their order.
 
     Photographs are taken from `images` only as they are needed to fill a forward pass.
+
+    Yields:
+        What `segment` returns for each photograph: `(height, width)` int64 on the CPU, or a `Segmentation` of maps.
+
+    Raises:
+        MemoryError, OSError, ValueError: As `segment`.
     """
     views = score_stream(model, image_processor, images, scales, flip, max_batch_pixels, max_photo_pixels)
     # `map` holds no photograph's scores while the next ones are computed.

@@ -53,7 +53,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
     Beside them, files of the published code hold the states of the optimiser, of the schedule and, where training was
     in mixed precision, of the loss scale; these are left out. The prefix `module.` that `DataParallel` and
-    `DistributedDataParallel` give to every parameter is removed.
+    `DistributedDataParallel` give to every parameter is removed. Shapes are those of the file.
 
     Raises:
         ValueError: If the file holds anything but tensors and plain values, or no "model".
@@ -138,7 +138,8 @@ def _check_growth(node: yaml.Node | None) -> None:
 def rename_parameters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give published parameters our names; values pass through untouched, so gradients can be renamed too.
 
-    The ImageNet classifiers (`encoder.head`, `encoder.head_dist`), which segmentation never uses, are dropped.
+    The ImageNet classifiers (`encoder.head`, `encoder.head_dist`), which segmentation never uses, are dropped. All
+    shapes are the same there and here.
 
     Raises:
         ValueError: If a name is not one of the published models'.

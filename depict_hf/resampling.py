@@ -117,7 +117,7 @@ class Axis:
         return len(self.starts) == len(lengths) == 1 and not self.mirrored
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """Make the axis's `axis_operator` anew."""
+        """Make the axis's `axis_operator` anew, `(target_length, windows * grid_length)`."""
         matrix = axis_operator(
             self.grid_length, self.starts, self.window_length, self.length, self.target_length, dtype
         )

@@ -133,6 +133,8 @@ def write_published(
 def published_state_dict(model: DepictForSemanticSegmentation) -> dict[str, Tensor]:
     """Return the weights, float32 on the CPU, by their published names; the ImageNet classifiers are zeros.
 
+    The shapes are those of our parameters.
+
     Raises:
         ValueError: If a parameter has no published name.
     """
@@ -153,6 +155,8 @@ def published_dataset(model: DepictForSemanticSegmentation) -> str | None:
 
 def timm_state_dict(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give the parameters of a native encoder the names of timm's `VisionTransformer`, without a classifier.
+
+    The shapes stay as they are.
 
     Raises:
         ValueError: If one is not a native encoder's.

@@ -52,7 +52,7 @@ MOST_WINDOW_PIXELS = 2**33
 
 
 def pad_to_multiple(pixel_values: Tensor, multiple: int) -> Tensor:
-    """Zero-pad images at the bottom and right until both sides are multiples of `multiple` pixels.
+    """Zero-pad images, `(batch, channels, height, width)`, at the bottom and right to multiples of `multiple` pixels.
 
     Source:
         `padding`, segm/model/utils.py in rstrudel/segmenter@20d1bfa.
@@ -64,6 +64,13 @@ def pad_to_multiple(pixel_values: Tensor, multiple: int) -> Tensor:
 
 def enlarge_to_window(pixel_values: Tensor, window_size: int) -> Tensor:
     """Enlarge images whose shorter side is below `window_size` pixels until it fits, keeping the aspect ratio.
+
+    Args:
+        pixel_values: `(batch, channels, height, width)`.
+        window_size: Pixels.
+
+    Returns:
+        The images, of shape `(batch, channels, height, width)` with the new sizes; as they are if they fit.
 
     Source:
         `resize`, segm/model/utils.py in rstrudel/segmenter@20d1bfa: the longer side is rounded down.
@@ -234,7 +241,7 @@ class Segmentation(NamedTuple):
 
 
 def label_map(views: Sequence[CoarseScores]) -> Tensor:
-    """Return the labels of `label_views`."""
+    """Return the labels of `label_views` alone, `(height, width)`."""
     return label_views(views).labels
 
 

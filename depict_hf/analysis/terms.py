@@ -111,7 +111,8 @@ def contributions(
         side: "patches": how the patch token came to be what it is; or "classes": how the class token did.
 
     Returns:
-        The terms, which add up to the cosine; for "linear" those of the logit, the encoder's output and the bias.
+        The terms, values of shape `(batch, terms, patches, labels)`, which add up to the cosine; for "linear" those of
+        the logit, the encoder's output and the bias.
 
     Raises:
         ValueError: If an index is out of range, or "linear" is asked for its class side, which does not exist.

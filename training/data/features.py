@@ -116,6 +116,9 @@ class FeatureDataset(EpochDataset):
     def read_whole(self, index: int) -> tuple[Tensor, Tensor]:
         """Read the features of a whole image and its `input_size`; labels are decoded from the data.
 
+        Returns:
+            Features, `(grid_height, grid_width, hidden)`; (height, width) in pixels of what was encoded, int64.
+
         Raises:
             ValueError: If its file is damaged or gone.
         """

@@ -50,7 +50,7 @@ class LabelEncoding:
         return cls.from_table({index: index for index in range(num_labels)})
 
     def decode(self, ids: np.ndarray) -> Tensor:
-        """Return the classes of an array of ids, int64.
+        """Return the classes of an array of ids, int64, in the shape of the array.
 
         Raises:
             ValueError: If an id means nothing; the message says which, and those that do.

@@ -90,6 +90,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def read_or_blank(self, index: int) -> dict[str, Tensor]:
         """Read one pair, or return a single black pixel without a label where it cannot be read and is to be left out.
 
+        Shapes are those of `__getitem__`.
+
         Without a label it counts neither in a loss nor in a metric. A line on stderr names it.
 
         Raises:
@@ -177,6 +179,8 @@ def read_sample(
     encoded_image: dict | None, encoded_labels: dict | None, encoding: LabelEncoding, where: str
 ) -> dict[str, Tensor]:
     """Decode an item of `SegmentationDataset` from its columns; errors begin with `where` and the image's name.
+
+    Names and shapes are those of its `__getitem__`.
 
     Raises:
         UnreadableImageError: If the photograph or its label map cannot be decoded.

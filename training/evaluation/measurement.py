@@ -124,7 +124,7 @@ def _attention_backward_flops(
 
 
 def matrix_product(dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Callable[[], Tensor], int]:
-    """Return a large square matrix product, to time, and its FLOPs."""
+    """Return a product of two large square matrices, to be timed, and its FLOPs; its result has their shape."""
     size = MATRIX_SIZE[torch.device(device).type]
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     return lambda: left @ right, 2 * size**3

@@ -83,7 +83,7 @@ class MeanIoU:
             self.add(self._count(prediction, reference))
 
     def add(self, counts: Tensor) -> None:
-        """Add a matrix of `count`."""
+        """Add a matrix of `count`, of the shape that it returns."""
         self.confusion = self.confusion.to(counts.device) + counts
 
     def count(self, prediction: Tensor, reference: Tensor) -> Tensor:

@@ -114,7 +114,13 @@ def fit_temperature(scores: Tensor, labels: Tensor) -> float:
 
 
 def figures_at(temperature: float, scores: Tensor, labels: Tensor) -> dict:
-    """`Calibration.figures` of the pixels of a sample."""
+    """Return `Calibration.figures` of the pixels of a sample.
+
+    Args:
+        temperature: Scores are divided by it.
+        scores: `(pixels, views, num_labels)`.
+        labels: `(pixels,)` int64.
+    """
     calibration = Calibration(temperature)
     step = max(1, CHUNK_SCORES // scores[0].numel())
     for part, truth in zip(scores.split(step), labels.split(step), strict=True):

@@ -28,7 +28,11 @@ class RecipeLoss:
         self.dice_weight = dice_weight
 
     def label_weight(self, labels: Tensor) -> Tensor:
-        """Sum the weights of all pixels that are not ignored; count them where there are no class weights."""
+        """Sum the weights of all pixels that are not ignored; count them where there are no class weights.
+
+        Args:
+            labels: Of any shape.
+        """
         return _pixel_weights(labels, self._weights_on(labels.device), torch.float32).sum()
 
     def __call__(self, logits: Tensor, labels: Tensor, label_weight: Tensor | None = None) -> Tensor:

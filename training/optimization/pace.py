@@ -46,9 +46,11 @@ class Budget:
         self._started = self.clock() if self.started is None else self.started
 
     def spent(self) -> float:
+        """Return the seconds that have gone, those of earlier sessions included."""
         return self.spent_before + self.clock() - self._started
 
     def left(self) -> float:
+        """Return the seconds that are left; below zero where it took longer."""
         return self.seconds - self.spent()
 
 
@@ -126,6 +128,7 @@ class PacedTrainer(SegmentationTrainer):
         self.add_callback(_Pacer(pace, report))
 
     def has_ended(self, state: transformers.TrainerState) -> bool:
+        """Say whether the run is over: as for other runs, or because its time is."""
         return super().has_ended(state) or self.pace.over(state.global_step) >= 1
 
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
@@ -223,6 +226,7 @@ class ProgressLine:
             print()
 
     def text(self, stage: str, step: int, seconds_left: float) -> str:
+        """Return the line: stage, step, time left, the last loss, and the last and best validation mIoU in percent."""
         parts = [f"{stage}, step {step}", f"{clock_time(seconds_left)} left"]
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}")

@@ -277,7 +277,11 @@ class SegmentationTrainer(transformers.Trainer):
         """Give the model the weights to be used: best or last, averaged, adapters merged into the layers they adapt.
 
         Returns:
-            All weights of a model that the processes share (FSDP), in the main process; None otherwise.
+            All weights of a model that the processes share (FSDP), in the main process, in the shapes of the whole
+            model; None otherwise.
+
+        Raises:
+            ValueError: If the checkpoint with the best weights was damaged.
         """
         if self.is_fsdp_enabled:
             return self.accelerator.get_state_dict(self.model)
