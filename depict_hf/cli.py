@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .interruption import Interruption, Terminated, ending_at_once
-from .options import add_convert_arguments, add_explain_arguments, add_export_arguments, add_segment_arguments
+from .options import (
+    add_convert_arguments,
+    add_demo_arguments,
+    add_explain_arguments,
+    add_export_arguments,
+    add_segment_arguments,
+)
 from .photo_files import allowed_pixels, shown
 from .photographs import (
     CONFIDENCE_SUFFIXES,
@@ -254,12 +260,33 @@ def print_information(args: argparse.Namespace) -> int:
     return 0
 
 
+def show_demo(args: argparse.Namespace) -> int:
+    """Show a page in the browser on which photographs are segmented and explained, until Ctrl-C; no network is needed.
+
+    Any number of visitors may use it at once; photographs are computed one after the other. With --space, write a
+    folder for Hugging Face Spaces instead.
+    """
+    if args.space is not None:
+        from .demo import write_space
+
+        write_space(args.space, args.model)
+        print(f"{args.model} -> {shown(args.space)}: hf upload USER/NAME {shown(args.space)} . --repo-type space")
+        return 0
+    from .demo import serve
+    from .loading import fastest_device
+
+    device = fastest_device() if args.device == "auto" else args.device
+    serve(args.model, device, args.host, args.port, args.max_photo_pixels)
+    return 0
+
+
 COMMANDS = {
     "segment": Command("label every pixel of photographs", add_segment_arguments, segment_photos),
     "convert": Command("turn a published checkpoint.pth into a model folder", add_convert_arguments, convert_published),
     "explain": Command(
         "show why a photograph got its classes, on a page for people", add_explain_arguments, explain_photo
     ),
+    "demo": Command("show a page in the browser to try a model on", add_demo_arguments, show_demo),
     "export": Command("write a model as a file that runs without this package", add_export_arguments, export_file),
     "info": Command("print versions, for reports of faults", lambda parser: None, print_information),
 }

@@ -148,6 +148,24 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
 
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="default", help="folder, Hub name or 'default' (%(default)s)")
+    parser.add_argument("--port", type=_positive, metavar="N", help="default: the first that is free from 7860 on")
+    parser.add_argument(
+        "--host", metavar="ADDRESS", help="default: 127.0.0.1, this machine alone; 0.0.0.0 lets others reach the page"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, xpu, ...; auto: cuda, mps or xpu if there")
+    parser.add_argument(
+        "--max-photo-pixels",
+        type=_positive,
+        metavar="N",
+        help="that a photograph's file may have (33554432); bounds the memory",
+    )
+    parser.add_argument(
+        "--space", type=Path, metavar="DIR", help="write a folder to upload as a Hugging Face Space, and show no page"
+    )
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")

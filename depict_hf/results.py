@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+from torch import Tensor
 from tqdm import tqdm
 
 from .configuration_depict import IGNORE_LABEL, DepictConfig
@@ -94,19 +95,33 @@ class ResultWriter:
                 contents[path] = json.dumps(coco_file(ids, names, photograph.path.name, photograph.number))
             elif kind == "geojson":
                 contents[path] = json.dumps(geojson_file(ids, names))
-        mean = {}
         if bits is not None:
             contents |= _encode_certainty(photograph, segmentation, bits)
-            mean = {"mean_confidence": round(float(segmentation.confidence.double().mean()), 6)}
         write_all(contents, existing)
-        return {
-            "width": photo.width,
-            "height": photo.height,
-            "shares": {name: round(share, 6) for name, share in class_shares(ids, names)},
-            "boxes": {names[index]: list(box) for index, box in class_boxes(ids, len(names)).items()},
-            **mean,
-            "files": [str(path) for path in contents],
-        }
+        record = summary(ids, names, None if bits is None else segmentation.confidence)
+        return {**record, "files": [str(path) for path in contents]}
+
+
+def summary(ids: np.ndarray, names: list[str], confidence: Tensor | None = None) -> dict[str, Any]:
+    """Say in numbers what a label map holds.
+
+    Args:
+        ids: `(height, width)`, class ids; 255 is no class.
+        names: Names by class id.
+        confidence: Probabilities of the labels, `(height, width)`, where they are known.
+
+    Returns:
+        `width`, `height`, `shares` and `boxes` by class name and, with `confidence`, `mean_confidence`, as of
+        `ResultWriter.write`.
+    """
+    mean = {} if confidence is None else {"mean_confidence": round(float(confidence.double().mean()), 6)}
+    return {
+        "width": ids.shape[1],
+        "height": ids.shape[0],
+        "shares": {name: round(share, 6) for name, share in class_shares(ids, names)},
+        "boxes": {names[index]: list(box) for index, box in class_boxes(ids, len(names)).items()},
+        **mean,
+    }
 
 
 def _encode_array(array: np.ndarray) -> bytes:

@@ -218,6 +218,22 @@ class CoarseScores:
         """Return the same view with other scores, per corner `(num_labels, h, w)`, as large as the old ones."""
         return replace(self, mosaic=_side_by_side(window_logits, self.vertical, self.horizontal))
 
+    def at(self, row: int, column: int) -> Tensor:
+        """Return the scores of one pixel of the image, `(num_labels,)` float32: those of `score_bands` up to rounding.
+
+        Args:
+            row, column: Pixel, from 0 to below the axes' target lengths.
+        """
+        device = self.mosaic.device
+        dtype = product_dtype(self.mosaic.dtype, device)
+        scores = self.mosaic.to(dtype).transpose(0, 1)  # (columns, rows, num_labels)
+        with without_autocast(device):
+            for axis, place in ((self.horizontal, column), (self.vertical, row)):
+                band = axis.whole(dtype, device)
+                used = scores[band.used]
+                scores = used[place] if band.matrix is None else torch.tensordot(band.matrix[place], used, dims=1)
+        return scores.float()
+
 
 def _side_by_side(window_logits: Sequence[Tensor], vertical: Axis, horizontal: Axis) -> Tensor:
     mosaic = torch.stack(list(window_logits)).unflatten(0, (len(vertical.starts), len(horizontal.starts)))

@@ -3,6 +3,7 @@
 What only a few tests need is imported where it is used: most tests need no dataset.
 """
 
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,13 @@ def tiny_model(decoder_type: str = "sa", **overrides) -> DepictForSemanticSegmen
     torch.manual_seed(0)
     model = DepictForSemanticSegmentation(tiny_config(decoder_type, initializer_range=0.3, **overrides))
     return model.eval()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def save_model(folder: Path, decoder_type: str = "sa", **overrides) -> Path:

@@ -121,6 +121,20 @@ def test_several_views_are_averaged_as_probabilities(few_elements_at_a_time):
     assert (label_map(views).long() == total.argmax(dim=0)).float().mean() > 0.999
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_one_pixels_scores_are_those_of_all(mirrored):
+    """Fails if rows and columns change places, or a mirrored view is read from the wrong side."""
+    corners, logits = random_windows(4, (27, 38))
+    view = CoarseScores.from_windows(logits, corners, (16, 16), (27, 38), (60, 90), mirrored)
+    whole = torch.zeros(60, 90, 7)
+    for rows, columns, scores in windows.score_bands([view]):
+        whole[rows, columns] = next(scores)
+    for row, column in ((0, 0), (59, 89), (13, 40), (40, 13)):
+        torch.testing.assert_close(view.at(row, column), whole[row, column])
+    same = CoarseScores.from_windows([torch.arange(24.0).view(2, 3, 4)], [(0, 0)], (3, 4), (3, 4), (3, 4))
+    assert same.at(2, 1).tolist() == [9, 21]
+
+
 def test_more_classes_than_a_byte_holds():
     scores = torch.zeros(300, 2, 2)
     scores[299, 0] = 1

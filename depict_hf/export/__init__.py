@@ -2,6 +2,7 @@
 
 from .check import TOLERANCES, Agreement, Tolerance
 from .graph import ExportedGraph
+from .metadata import find_license
 from .writing import FILE_NAMES, OPSET, TOLERANCE, ExportedFile, export_model
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "ExportedGraph",
     "Tolerance",
     "export_model",
+    "find_license",
 ]
