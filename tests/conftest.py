@@ -3,7 +3,9 @@
 What only a few tests need is imported where it is used: most tests need no dataset.
 """
 
+import shutil
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +157,70 @@ def make_trainer(dataset_folder: str, backbone_folder: str, output: Path, *field
 
     recipe = camvid_dinov2_small("sa").override([*FIELDS, f"backbone={backbone_folder}", *fields])
     return train.build_trainer(recipe, train.load_dataset_splits(dataset_folder), output)[0]
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    find_spec("selenium") is None or BROWSER is None or DRIVER is None,
+    reason="selenium is not installed (pip install 'depict-hf[test]')"
+    if find_spec("selenium") is None
+    else "no Chromium with its driver (Debian: apt-get install chromium chromium-driver)",
+)
+BROWSER_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Chromium without a window, for tests marked `needs_browser`; its logs say what it asked for and complained of."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (*BROWSER_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def set_screen(browser, width: int, theme: str = "light") -> None:
+    """Give the browser's page a width in pixels, and say what the user prefers, light or dark."""
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    features = [{"name": "prefers-color-scheme", "value": theme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+def faint_texts(browser) -> list[str]:
+    """Elements whose text has less contrast to what is behind it than the 4.5 that WCAG asks for."""
+    script = """
+    const channels = color => color.match(/[\\d.]+/g).map(Number);
+    const light = color => channels(color).slice(0, 3).map(each => each / 255)
+      .map(each => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4)
+      .reduce((sum, each, at) => sum + each * [0.2126, 0.7152, 0.0722][at], 0);
+    const behind = element => {
+      const color = getComputedStyle(element).backgroundColor, [, , , alpha = 1] = channels(color);
+      return alpha === 1 ? color : behind(element.parentElement);
+    };
+    const found = [];
+    for (const element of document.querySelectorAll("p, h1, h2, h3, h4, th, dd, dt, button, li, label, legend, td")) {
+      if (!element.innerText || element.classList.contains("hidden") || element.closest(".gram td")) continue;
+      const pair = [light(getComputedStyle(element).color), light(behind(element))].sort((a, b) => b - a);
+      if ((pair[0] + 0.05) / (pair[1] + 0.05) < 4.5) found.push(element.outerHTML.slice(0, 80));
+    }
+    return found"""
+    return browser.execute_script(script)
 
 
 @pytest.fixture(scope="session")

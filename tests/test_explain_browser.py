@@ -2,57 +2,21 @@
 
 import json
 import re
-import shutil
 import time
 
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import DECODER_TYPES, tiny_model
+from conftest import DECODER_TYPES, faint_texts, needs_browser, set_screen, tiny_model
 
 from depict_hf import DepictImageProcessor
 from depict_hf.analysis import analyze, attention_map, contributions, lens
 from depict_hf.explain import explain
 
-webdriver = pytest.importorskip(
-    "selenium.webdriver", reason="selenium is not installed (pip install 'depict-hf[test]')"
-)
-BROWSER, DRIVER = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome"),
-    shutil.which("chromedriver"),
-)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        BROWSER is None or DRIVER is None,
-        reason="no Chromium with its driver (Debian: apt-get install chromium chromium-driver)",
-    ),
-]
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+pytestmark = [pytest.mark.slow, needs_browser]
 NAMES = ("sky", "road", "</script><b>bold", 'car "&" co', "<!--tree")
 MINUS = "\u2212"  # as the page prints it
 WINDOWS = {"window_size": 32, "window_stride": 24}
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +40,7 @@ def opened(browser, photo, tmp_path):
         explanation = explain(model, DepictImageProcessor(size={"shortest_edge": 48}), photo, **options)
         file = tmp_path / "page.html"
         file.write_text(explanation.page(), encoding="utf-8")
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        features = [{"name": "prefers-color-scheme", "value": theme}]
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        set_screen(browser, width, theme)
         browser.get_log("performance")
         browser.get(file.as_uri())
         until(lambda: browser.execute_script("return document.body.dataset.ready") or problem(browser))
@@ -125,14 +86,18 @@ def click_at(browser, x: float, y: float) -> None:
     picture = browser.find_element("id", "picture")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", picture)
     size = picture.size
-    actions = webdriver.ActionChains(browser, duration=0)
+    from selenium.webdriver import ActionChains
+
+    actions = ActionChains(browser, duration=0)
     # Offsets are from the middle.
     offset = [int((x / 90 - 0.5) * size["width"]), int((y / 60 - 0.5) * size["height"])]
     actions.move_to_element_with_offset(picture, *offset).click().perform()
 
 
 def press(browser, *keys: str) -> None:
-    webdriver.ActionChains(browser, duration=0).send_keys(*keys).perform()
+    from selenium.webdriver import ActionChains
+
+    ActionChains(browser, duration=0).send_keys(*keys).perform()
 
 
 def percent(share: float) -> str:
@@ -315,20 +280,4 @@ def test_nothing_is_cut_off_and_words_stand_out(width, theme, opened, browser):
     """The page does not scroll sideways, and text has the contrast 4.5 that WCAG asks for."""
     opened(width=width, theme=theme, windows=WINDOWS)
     assert browser.execute_script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    script = """
-    const channels = color => color.match(/[\\d.]+/g).map(Number);
-    const light = color => channels(color).slice(0, 3).map(each => each / 255)
-      .map(each => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4)
-      .reduce((sum, each, at) => sum + each * [0.2126, 0.7152, 0.0722][at], 0);
-    const behind = element => {
-      const color = getComputedStyle(element).backgroundColor, [, , , alpha = 1] = channels(color);
-      return alpha === 1 ? color : behind(element.parentElement);
-    };
-    const found = [];
-    for (const element of document.querySelectorAll("p, h1, h2, h3, h4, th, dd, dt, button, li, label, legend, td")) {
-      if (!element.innerText || element.classList.contains("hidden") || element.closest(".gram td")) continue;
-      const pair = [light(getComputedStyle(element).color), light(behind(element))].sort((a, b) => b - a);
-      if ((pair[0] + 0.05) / (pair[1] + 0.05) < 4.5) found.push(element.outerHTML.slice(0, 80));
-    }
-    return found"""
-    assert browser.execute_script(script) == []
+    assert faint_texts(browser) == []

@@ -154,6 +154,7 @@ def serve(
             ssr_mode=False,
             enable_monitoring=False,
             theme=_theme(),
+            css=_ACCENT,
             js=_web("paste.js"),
         )
         print(f"depict: open {address} in a browser; Ctrl-C ends it.", flush=True)
@@ -163,12 +164,23 @@ def serve(
             page.close(verbose=False)
 
 
+# Gradio's accent colour has no value of its own for dark pages.
+_ACCENT = ".dark { --color-accent: var(--primary-400); }"
+
+
 def _theme() -> gr.Theme:
-    """Fonts of the visitor's own machine, and quiet text with the contrast of 4.5 that WCAG asks for."""
+    """Fonts of the visitor's own machine, and colours with the contrast of 4.5 that WCAG asks for."""
     plain, fixed = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
-    theme = gr.themes.Default(font=list(map(gr.themes.Font, plain)), font_mono=list(map(gr.themes.Font, fixed)))
-    names = ("body_text_color_subdued", "block_info_text_color", "block_label_text_color", "block_title_text_color")
-    return theme.set(**dict.fromkeys(names, "*neutral_600"), **{f"{name}_dark": "*neutral_300" for name in names})
+    fonts = {"font": list(map(gr.themes.Font, plain)), "font_mono": list(map(gr.themes.Font, fixed))}
+    quiet = ("body_text_color_subdued", "block_info_text_color", "block_label_text_color", "block_title_text_color")
+    button, pointed = "button_primary_background_fill", "button_primary_background_fill_hover"
+    return gr.themes.Default(primary_hue="blue", **fonts).set(
+        color_accent="*primary_600",
+        **dict.fromkeys(quiet, "*neutral_600"),
+        **{f"{name}_dark": "*neutral_300" for name in quiet},
+        **dict.fromkeys((button, f"{button}_dark"), "*primary_700"),
+        **dict.fromkeys((pointed, f"{pointed}_dark"), "*primary_800"),
+    )
 
 
 def _web(name: str) -> str:
