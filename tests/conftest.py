@@ -167,6 +167,9 @@ needs_browser = pytest.mark.skipif(
     if find_spec("selenium") is None
     else "no Chromium with its driver (Debian: apt-get install chromium chromium-driver)",
 )
+needs_gradio = pytest.mark.skipif(
+    find_spec("gradio") is None, reason="gradio is not installed (pip install 'depict-hf[demo]')"
+)
 BROWSER_FLAGS = (
     "--headless",
     "--no-sandbox",

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import requires
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import free_port, save_model, tiny_model
+from conftest import free_port, needs_gradio, save_model, tiny_model
 
 from depict_hf import DepictImageProcessor, options, segment
 from depict_hf.cli import main
@@ -285,13 +285,11 @@ def test_the_command_says_that_gradio_is_missing(monkeypatch, capsys):
     assert capsys.readouterr().err == "depict: The demo's page needs Gradio: pip install 'depict-hf[demo]'\n"
 
 
+@needs_gradio
 def test_gradio_installs_beside_this_package():
     """Both take one pillow: Gradio's upper bound and our lower one leave releases between them."""
     packaging = pytest.importorskip("packaging.requirements", reason="packaging is not installed")
-    try:
-        declared = [packaging.Requirement(line) for line in requires("gradio")]
-    except PackageNotFoundError:
-        pytest.skip("gradio is not installed (pip install 'depict-hf[demo]')")
+    declared = [packaging.Requirement(line) for line in requires("gradio")]
     [theirs] = [each.specifier for each in declared if each.name == "pillow"]
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     ours = packaging.Requirement(re.search(r'"(pillow.*?)"', text)[1]).specifier
@@ -300,7 +298,6 @@ def test_gradio_installs_beside_this_package():
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory) -> Path:
-    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     model = save_model(tmp_path_factory.mktemp("space") / "tiny")
     (model / "notes.txt").write_text("not the model's")
     (model / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
@@ -341,9 +338,9 @@ def test_a_space_of_the_default_model_brings_it_along(tmp_path):
 
 
 @pytest.mark.slow
+@needs_gradio
 def test_app_builds_the_page(space):
     """As a Space runs it: from its folder, with the package that lies there."""
-    pytest.importorskip("gradio", reason="gradio is not installed (pip install 'depict-hf[demo]')")
     code = "import depict_hf, runpy; print(depict_hf.__file__); runpy.run_path('app.py', run_name='__main__')"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"GRADIO_SERVER_PORT": str(free_port()), "PYTHONUNBUFFERED": "1"}

@@ -16,13 +16,12 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import faint_texts, free_port, needs_browser, save_model, set_screen
+from conftest import faint_texts, free_port, needs_browser, needs_gradio, save_model, set_screen
 
 from depict_hf.demo import Choices, Demo
 from depict_hf.inference import segment
 
-pytest.importorskip("gradio", reason="gradio is not installed (pip install 'depict-hf[demo]')")
-pytestmark = [pytest.mark.slow, needs_browser]
+pytestmark = [pytest.mark.slow, needs_browser, needs_gradio]
 NAMES = ("sky", "road", "<b>bold</b>", "car {{value}} ${value}", "tree & co")
 WINDOWS = {"window_size": 32, "window_stride": 24}
 MOST_PIXELS = 20_000
