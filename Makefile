@@ -1,7 +1,7 @@
 # Shorthands for the README's commands.
 PYTHON ?= python3
 
-.PHONY: setup segment test lint gpu
+.PHONY: setup segment test lint fuzz gpu
 
 setup: .venv/bin/depict
 
@@ -20,6 +20,11 @@ test: setup
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# Damaged inputs of every kind, until one breaks the rule; SEED=N makes those of an earlier run again.
+MINUTES ?= 10
+fuzz: setup
+	PYTHONPATH=.:tests .venv/bin/python -m fuzzing --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 # What only a GPU can show, then a short benchmark on it; under ten minutes on one card.
 gpu: setup

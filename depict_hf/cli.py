@@ -20,7 +20,7 @@ from .options import (
     add_export_arguments,
     add_segment_arguments,
 )
-from .photo_files import allowed_pixels, shown
+from .photo_files import allowed_pixels, shown, shown_lines
 from .photographs import (
     CONFIDENCE_SUFFIXES,
     PHOTO_SUFFIXES,
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.arguments = argv
             return COMMANDS[args.command].run(args)
     except (OSError, ValueError, ImportError) as error:
-        print(f"depict: {error}", file=sys.stderr)
+        print(f"depict: {shown_lines(error)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         from .passes import is_out_of_memory

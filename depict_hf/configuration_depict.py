@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
-from .ranges import MOST_LAYERS, MOST_SIZE, check_nested, check_number, check_whole, shown
+from .ranges import MOST_LAYERS, MOST_SIZE, check_class_name, check_nested, check_number, check_whole, shown
 
 # The label of pixels without a class, in label maps and in the loss.
 IGNORE_LABEL = 255
@@ -320,6 +320,8 @@ class DepictConfig(PreTrainedConfig):
         check_whole("num_labels", len(names))
         if set(names) != set(range(len(names))):
             raise ValueError(f"id2label has the ids {sorted(names)[:10]} ...; number classes from 0 without a gap.")
+        for name in names.values():
+            check_class_name(name)
         ids: dict[Any, Any] = self.label2id or {}
         for name, index in ids.items():
             if not str(index).isdecimal() or int(index) >= len(names):
@@ -342,7 +344,8 @@ class DepictConfig(PreTrainedConfig):
         if further.get("num_labels") is not None:
             check_whole("num_labels", further["num_labels"])
         for dtype in (self.dtype, further.get("torch_dtype")):
-            if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            meant = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+            if dtype is not None and not isinstance(meant, torch.dtype):
                 raise ValueError(f"Unknown dtype={shown(dtype)}; choose float32, bfloat16 or float16.")
 
     def _check_positive(self, name: str, most: int = MOST_SIZE) -> None:

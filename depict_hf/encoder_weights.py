@@ -151,7 +151,12 @@ def check_tensors(tensors: Any, path: str | Path) -> dict[str, Tensor]:
     size = Path(path).stat().st_size
     for name, value in tensors.items():
         kind = f"{value.dtype} {value.layout}" if isinstance(value, Tensor) else type(value).__name__
-        if not isinstance(name, str) or kind.partition(" ")[0] not in FLOATS or not kind.endswith("torch.strided"):
+        if (
+            not isinstance(name, str)
+            or not name.isprintable()
+            or kind.partition(" ")[0] not in FLOATS
+            or not kind.endswith("torch.strided")
+        ):
             raise ValueError(
                 f"{path} holds {one_line(repr(name), 100)} as {kind}, needed dense floating-point tensors."
             )

@@ -59,11 +59,15 @@ class Familiarity:
             vectors: `(images, hidden)`, of `photograph_vector`.
 
         Raises:
-            ValueError: If there are not more images than directions.
+            ValueError: If there are not more images than directions, or not more dimensions.
         """
         count, hidden = vectors.shape
         if count <= num_directions + 1:
             raise ValueError(f"Got {count} images for {num_directions} directions, needed at least two more images.")
+        if hidden <= num_directions:
+            raise ValueError(
+                f"Got vectors of {hidden} dimensions for {num_directions} directions, needed fewer of these."
+            )
         mean = vectors.double().mean(dim=0)
         _, scales, directions = torch.linalg.svd(vectors.double() - mean, full_matrices=False)
         variances = scales.square() / (count - 1)

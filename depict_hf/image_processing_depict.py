@@ -96,6 +96,22 @@ class DepictImageProcessor(TorchvisionBackend):
                 raise ValueError(f"{name!r} is no setting, but a method of the image processor; remove it.")
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
+        """Load as every image processor does.
+
+        Raises:
+            OSError: If there are no settings, or they are no JSON.
+            ValueError: If they are no text, or settings are unknown or out of their ranges.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"The settings of the image processor in {pretrained_model_name_or_path} are no text in UTF-8; copy or "
+                "download them again."
+            ) from error
+
     def preprocess(
         self,
         images: ImageInput,
@@ -239,6 +255,8 @@ class DepictImageProcessor(TorchvisionBackend):
             check_whole("Got max_photo_pixels", kwargs["max_photo_pixels"], -(2**40), 2**40)
             if kwargs["max_photo_pixels"] < 1:
                 raise ValueError(f"Got max_photo_pixels={kwargs['max_photo_pixels']}, needed at least 1.")
+        elif "max_photo_pixels" in kwargs:
+            kwargs["max_photo_pixels"] = MAX_PHOTO_PIXELS
         if kwargs.get("do_center_crop") or kwargs.get("do_pad"):
             raise ValueError(
                 "Got do_center_crop or do_pad, but images are neither cropped nor padded (the model pads); set `size`."

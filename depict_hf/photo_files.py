@@ -189,6 +189,11 @@ def shown(name: object) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(name))
 
 
+def shown_lines(text: object) -> str:
+    """Write a text of several lines for people, each as `shown` does."""
+    return "\n".join(map(shown, str(text).split("\n")))
+
+
 def allowed_pixels(max_photo_pixels: int | None) -> int:
     """Let this process open photographs of so many pixels, `MAX_PHOTO_PIXELS` for None, and no larger ones.
 

@@ -34,7 +34,7 @@ class CheckedPreTrainedModel(PreTrainedModel):
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except (OSError, ValueError, ImportError) as error:
-            if type(error) not in (OSError, ValueError) or "\n" not in str(error):
+            if type(error) not in (OSError, ValueError) or str(error).isprintable():
                 raise
             raise type(error)(one_line(error)) from error
         # Of damaged files, transformers and the libraries that it reads them with raise errors of many kinds.

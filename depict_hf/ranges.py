@@ -1,6 +1,7 @@
 """Ranges of settings: one error for what is no number, no whole one, too small, too large, or not finite."""
 
 import math
+import unicodedata
 from typing import Any
 
 # Pixels of a side, channels, widths and classes; what is larger is a slip or an attack, and would take the memory.
@@ -31,6 +32,14 @@ def check_number(name: str, value: Any, least: float = -math.inf, most: float = 
         raise ValueError(f"{name}={shown(value)} must be a finite number.")
     if not least <= value <= most:
         raise ValueError(f"{name}={shown(value)} must be from {least:g} to {most:g}.")
+
+
+def check_class_name(name: Any) -> None:
+    """Raise ValueError unless a class's name is text without control characters, which would reach terminals."""
+    if not isinstance(name, str) or any(unicodedata.category(each) in ("Cc", "Cs", "Zl", "Zp") for each in name):
+        raise ValueError(
+            f"The class name {shown(name)} must be text of one line without control characters; rename it."
+        )
 
 
 def check_nested(name: str, settings: Any) -> None:

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .photo_files import shown
+
 # In the metadata of a file: SHA-256, in hexadecimal, of all that `_digest` reads.
 CHECKSUM = "sha256"
 
@@ -52,8 +54,8 @@ class Header(NamedTuple):
 
 
 def one_line(error: BaseException | str, longest: int = 600) -> str:
-    """Write what an error says in one line, cut off where it is very long."""
-    text = " ".join(str(error).split())
+    """Write what an error says in one line that every terminal can show, cut off where it is very long."""
+    text = shown(" ".join(str(error).split()))
     if not text and isinstance(error, BaseException):
         text = type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]} ..."

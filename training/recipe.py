@@ -12,7 +12,7 @@ import torch
 
 from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.loading import native_dtype, training_device
-from depict_hf.ranges import shown
+from depict_hf.ranges import check_class_name, shown
 
 from .data import read_class_names
 from .recipe_sections import DataSection, EvaluationSection, HardwareSection, ModelSection, OptimizationSection
@@ -41,6 +41,8 @@ class Recipe:
             raise ValueError("Got no class_names; give one for each class, in the order of the ids.")
         if len(set(data.class_names)) != len(data.class_names) or not all(name.strip() for name in data.class_names):
             raise ValueError("Got class_names of which some are empty or the same; give each class a name of its own.")
+        for name in data.class_names:
+            check_class_name(name)
         if len(data.class_names) > IGNORE_LABEL:
             raise ValueError(
                 f"Got {len(data.class_names)} class_names, needed at most {IGNORE_LABEL}: labels travel as bytes, of "
@@ -153,13 +155,14 @@ class Recipe:
         Tuples are separated by commas; None is "none".
 
         Raises:
+            FileNotFoundError: If names of classes are to be read from a file that is not there.
             ValueError: If a text is no assignment, or a field is unknown or its value of another type.
         """
         changes: dict[str, Any] = {}
         for assignment in assignments:
             name, separator, text = assignment.partition("=")
             if not separator:
-                raise ValueError(f"Got {assignment!r}, needed field=value.")
+                raise ValueError(f"Got {shown(assignment)}, needed field=value.")
             section, field = find_field(name)
             if field.name == "class_names" and Path(text).suffix in (".json", ".txt"):
                 changes[field.name] = read_class_names(Path(text))
@@ -224,5 +227,5 @@ def find_field(name: str) -> tuple[str, dataclasses.Field]:
         raise ValueError(f"Got the recipe field {name!r}, which several sections have; write {full}.")
     if not found:
         known = [field.name for kind in SECTIONS.values() for field in dataclasses.fields(kind)]
-        raise ValueError(f"Unknown recipe field {name!r}{nearest_name(name.rpartition('.')[2], known)}.")
+        raise ValueError(f"Unknown recipe field {shown(name)}{nearest_name(name.rpartition('.')[2], known)}.")
     return found[0]

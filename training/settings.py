@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from depict_hf.photo_files import shown as shown_text
 from depict_hf.ranges import shown
 
 # No rate, step, size or seed has a use beyond this; what is larger is a slip.
@@ -116,7 +117,7 @@ def parse_value(name: str, text: str, hint: Any) -> object:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
         wanted = hint.__name__ if isinstance(hint, type) else hint
-        raise ValueError(f"Got {name}={text[:100]}, needed a value of type {wanted}.") from None
+        raise ValueError(f"Got {name}={shown_text(text[:100])}, needed a value of type {wanted}.") from None
 
 
 def text_of(value: object) -> str:

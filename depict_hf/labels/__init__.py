@@ -43,12 +43,19 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     id, from 0: `0 road` or `0: road`.
 
     Raises:
-        ValueError: If ids are not 0, 1, 2, ... without a gap, or there is no name.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, ids are not 0, 1, 2, ... without a gap, or there is no name.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not in UTF-8; save it as that.") from error
+    except (OSError, ValueError) as error:  # ValueError: characters that no file's name can have
+        reason = getattr(error, "strerror", None) or error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(
+            f"{path} cannot be read ({reason}); needed is a file with names of classes, .json or .txt."
+        ) from error
     if path.suffix == ".json":
         try:
             names = json.loads(text)

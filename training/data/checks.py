@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 import datasets
 import torch
 
+from depict_hf.photo_files import shown_lines
+
+from .failures import plain_errors
 from .inspection import Inspection, inspect_once, inspect_samples, place_of
 from .layouts import Splits
 from .loading import get_split
@@ -25,6 +28,7 @@ __all__ = [
 _SHOWN = 20
 
 
+@plain_errors()
 def open_samples(
     splits: Mapping[str, datasets.Dataset],
     split: str,
@@ -176,7 +180,7 @@ def describe_classes(splits: Mapping[str, datasets.Dataset], class_names: Sequen
 def print_once(text: str) -> None:
     """Print in the first of all processes that a launcher started."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(shown_lines(text), flush=True)
 
 
 def label_encoding(

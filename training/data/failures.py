@@ -4,13 +4,27 @@ What a worker of a `DataLoader` raises arrives as a text with the worker's stack
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
+from depict_hf.photo_files import shown_lines
+
 # What reading data raises: files, folders and networks; damaged or unsuitable contents.
 READING_ERRORS = (OSError, ValueError)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Have errors of reading data, in which names of files stand, say nothing that a terminal would obey."""
+    try:
+        yield
+    except READING_ERRORS as error:
+        if not all(line.isprintable() for line in str(error).split("\n")):
+            error.args = tuple(shown_lines(each) if isinstance(each, str) else each for each in error.args)
+        raise
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import yaml
 from datasets.exceptions import DatasetGenerationError
 
 from depict_hf.labels import read_class_names
+from depict_hf.weight_files import one_line
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CLASS_FILES = ("id2label.json", "classes.txt", "class_names.txt", "labels.txt", "codes.txt")
@@ -86,7 +87,7 @@ def _load(folder: Path, data_files: dict[str, list[str]], streaming: bool):
     try:
         return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=data_files, streaming=streaming)
     except (AttributeError, LookupError, OSError, TypeError, ValueError, DatasetGenerationError) as error:
-        reason = f"{error} {error.__cause__ or ''}".strip()
+        reason = one_line(f"{error} {error.__cause__ or ''}")
         raise ValueError(
             f"The metadata in {folder} cannot be used; needed is a file_name in each line, relative to the metadata, "
             f"and in each file the same columns: {reason}"
@@ -130,5 +131,7 @@ def read_readme(folder: Path) -> tuple[dict, str]:
     try:
         header = yaml.safe_load(parts[1])
     except yaml.YAMLError as error:
-        raise ValueError(f"The YAML at the beginning of {path} cannot be read; correct it: {error}") from error
+        raise ValueError(
+            f"The YAML at the beginning of {path} cannot be read; correct it: {one_line(error)}"
+        ) from error
     return (header, parts[2]) if isinstance(header, dict) else ({}, text)

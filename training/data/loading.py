@@ -7,6 +7,9 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
+from depict_hf.weight_files import one_line
+
+from .failures import plain_errors
 from .formats import Tree, describe_unknown, find_format, resolve_colors
 from .imagefolder import find_class_names, find_metadata, load_imagefolder
 from .layouts import Splits, dataset_of_files, find_layout
@@ -30,6 +33,7 @@ LABEL_COLUMNS = (
 _SLICE = re.compile(r"(?P<name>.+)\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\]")
 
 
+@plain_errors()
 def load_dataset_splits(name_or_path: str | Path, streaming: bool = False) -> Splits:
     """Load every split of a dataset on the Hub or in a local folder.
 
@@ -51,7 +55,7 @@ def load_dataset_splits(name_or_path: str | Path, streaming: bool = False) -> Sp
         return _load_folder(folder, streaming)
     except (RuntimeError, DatasetGenerationError) as error:
         # `RuntimeError` for datasets that need a script.
-        reason = f"{error} {error.__cause__ or ''}".strip()
+        reason = one_line(f"{error} {error.__cause__ or ''}")
         raise ValueError(
             f"{name_or_path} cannot be loaded; needed are complete data and no script: {reason}"
         ) from error
@@ -88,7 +92,7 @@ def _load_folder(folder: Path, streaming: bool) -> Splits:
     try:
         splits = datasets.load_dataset(str(folder), streaming=streaming)
     except (AttributeError, LookupError, OSError, TypeError, ValueError, DatasetGenerationError) as error:
-        raise ValueError(f"{unknown}\n(As a folder in Hub layout it cannot be read: {error})") from error
+        raise ValueError(f"{unknown}\n(As a folder in Hub layout it cannot be read: {one_line(error)})") from error
     return _named(Splits(splits, "a folder in Hub layout", find_class_names(folder), folder=folder))
 
 

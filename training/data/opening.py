@@ -4,7 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from depict_hf.photo_files import shown_lines
+from depict_hf.ranges import check_class_name
+
 from .checks import check_split, label_encoding, read_split, settle_encoding
+from .failures import plain_errors
 from .inspection import Inspection
 from .layouts import Splits
 from .loading import load_dataset_splits
@@ -37,6 +41,7 @@ class OpenedData:
         return "\n".join((self.description, *(f"Warning: {each}" for each in self.warnings)))
 
 
+@plain_errors()
 def open_data(
     name_or_path: str | Path,
     class_names: Sequence[str] | None = None,
@@ -75,6 +80,8 @@ def open_data(
             read[id(split)] = read_split(splits, name, *columns, num_workers=num_workers)
     together = _together([found for _, found in read.values()])
     names, source = _choose_names(splits, class_names, together, reduce_labels)
+    for each in names:
+        check_class_name(each)
     label_encoding(splits, names, reduce_labels)
     encoding, note = settle_encoding(splits, names, reduce_labels, together, *columns, num_workers=num_workers)
     samples: dict[str, SegmentationDataset] = {}
@@ -103,7 +110,7 @@ def open_data(
     distinct = {name: each for name, each in samples.items() if each.split == name}
     lines += _pixel_table(names, distinct)
     warnings = (*_absent_classes(names, distinct), *_duplicates(list(read.values())))
-    return OpenedData(splits, samples, names, "\n".join(lines), warnings)
+    return OpenedData(splits, samples, names, shown_lines("\n".join(lines)), tuple(map(shown_lines, warnings)))
 
 
 def _together(inspections: list[Inspection]) -> Inspection:

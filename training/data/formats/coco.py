@@ -14,8 +14,8 @@ from .rendering import Drawing, content_key, render, state_key
 from .shapes import blank_map
 
 BACKGROUND_NAMES = ("background", "_background_", "__background__", "bg")
-# Files of other tasks beside those of segmentation; keypoints repeat the people among the instances.
 _FARTHEST = 2**17  # pixels from the photograph's corner
+# Files of other tasks beside those of segmentation; keypoints repeat the people among the instances.
 _OTHER_TASKS = ("captions", "keypoints", "info", "unlabeled")
 
 
@@ -174,7 +174,7 @@ def draw_instances(annotations: list[dict], height: int, width: int, classes: di
         if isinstance(shape, list):
             usable = [polygon for polygon in shape if len(polygon) >= 6]
             # The time that pycocotools takes for an edge grows with its length; NaN is no smaller number either.
-            if not all(len(each) % 2 == 0 and (np.abs(each) <= _FARTHEST).all() for each in usable):
+            if not all(len(each) % 2 == 0 and all(map(_is_near, each)) for each in usable):
                 raise ValueError(
                     f"{which} has a polygon whose coordinates are not pairs of numbers up to {_FARTHEST}; correct it"
                 )
@@ -185,14 +185,15 @@ def draw_instances(annotations: list[dict], height: int, width: int, classes: di
             raise ValueError(
                 f"{which} is of {tuple(shape['size'])}, the photograph of {(height, width)} (height, width)"
             )
-        elif isinstance(shape["counts"], list):
-            if any(not isinstance(run, int) or run < 0 for run in shape["counts"]):
-                raise ValueError(f"{which} has run lengths that are no numbers of pixels; correct or remove it")
-            if sum(shape["counts"]) != height * width:
-                raise ValueError(f"{which} has run lengths of {sum(shape['counts'])} pixels, needed {height * width}")
-            encoded = coco_mask.frPyObjects(shape, *shape["size"])
         else:
-            encoded = shape
+            # pycocotools would leave what run lengths do not reach as the memory was.
+            packed = not isinstance(shape["counts"], list)
+            runs = _unpacked(shape["counts"]) if packed else shape["counts"]
+            if any(not isinstance(run, int) or run < 0 for run in runs):
+                raise ValueError(f"{which} has run lengths that are no numbers of pixels; correct or remove it")
+            if sum(runs) != height * width:
+                raise ValueError(f"{which} has run lengths of {sum(runs)} pixels, needed {height * width}")
+            encoded = shape if packed else coco_mask.frPyObjects(shape, *shape["size"])
         mask = coco_mask.decode(encoded).astype(bool)
         if mask.shape != (height, width):
             raise ValueError(f"{which} is of {mask.shape}, the photograph of {(height, width)} (height, width)")
@@ -201,6 +202,42 @@ def draw_instances(annotations: list[dict], height: int, width: int, classes: di
     for _, mask, label in sorted(masks, key=lambda each: each[0]):
         labels[mask] = label
     return labels
+
+
+def _is_near(coordinate: object) -> bool:
+    return isinstance(coordinate, (int, float)) and abs(coordinate) <= _FARTHEST
+
+
+def _unpacked(counts: object) -> list[int]:
+    """Return run lengths that are packed as text: 5 bits a character, from the fourth on as differences.
+
+    Each is the difference from the last but one then.
+
+    Raises:
+        ValueError: If it is no such text.
+
+    Source:
+        `rleFrString`, common/maskApi.c in cocodataset/cocoapi.
+    """
+    if not isinstance(counts, (str, bytes)):
+        raise ValueError(f"run lengths are {type(counts).__name__}, needed a list or text")
+    text = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
+    runs: list[int] = []
+    value = bits = 0
+    for character in text:
+        piece = character - 48
+        if not 0 <= piece < 64 or bits > 30:
+            break
+        value |= (piece & 31) << bits
+        bits += 5
+        if not piece & 32:
+            value -= (piece & 16) << (bits - 4) if piece & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = bits = 0
+    else:
+        if not bits:
+            return runs
+    raise ValueError("its text is no run lengths as COCO packs them; export it again")
 
 
 def _panoptic(tree: Tree, sources: dict[str, tuple[Path, dict]], categories: dict[int, str]) -> Found:

@@ -75,6 +75,8 @@ def resolve_colors(folder: Path, paths: Sequence[Path], ignored: Sequence[Color]
 
 def _mode(path: Path) -> str | None:
     """Tell how a file stores pixels; None where it is no picture, or a JPEG, which is refused when it is read."""
+    if not path.is_file():  # but a pipe, say, which opening would wait for
+        return None
     try:
         Image.init()
         known = [name for name in FORMATS if name in Image.OPEN]
