@@ -20,6 +20,11 @@ from depict_hf import weight_files
 CASES = {"photographs": 60, "weights": 40, "data": 30, "settings": 100, "commands": 12}
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_nothing_breaks_the_rule(kind, tmp_path, capsys):
     status = main(["--kinds", kind, "--cases", str(CASES[kind]), "--seed", "0", "--output", str(tmp_path)])
