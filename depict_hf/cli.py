@@ -18,6 +18,7 @@ from .options import (
     add_demo_arguments,
     add_explain_arguments,
     add_export_arguments,
+    add_push_arguments,
     add_segment_arguments,
 )
 from .photo_files import allowed_pixels, shown, shown_lines
@@ -30,7 +31,7 @@ from .photographs import (
 )
 from .resuming import Outcome, Results, how_to_go_on
 from .threads import spin_briefly
-from .writing import check_file, check_folder, whole_folder, write_whole
+from .writing import check_file, check_folder, whole_folder, write_json, write_whole
 
 __all__ = ["PHOTO_SUFFIXES", "main"]
 
@@ -185,13 +186,33 @@ def convert_published(args: argparse.Namespace) -> int:
     with whole_folder(args.output, replace=args.overwrite) as folder:
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
+        write_json(conversion.record(), folder / "conversion.json")
     print(f"{args.checkpoint} -> {args.output}: " + "\n  ".join(conversion.report))
     if conversion.warning:
         print(f"depict: {conversion.warning}", file=sys.stderr)
     if args.push_to_hub:
-        model.push_to_hub(args.push_to_hub)
-        image_processor.push_to_hub(args.push_to_hub)
-        print(f"Uploaded to {args.push_to_hub}")
+        from .hub import push
+
+        print(f"Uploaded: {push(args.output, args.push_to_hub)}")
+    return 0
+
+
+def push_model(args: argparse.Namespace) -> int:
+    """Check a model's folder and upload it to the Hugging Face Hub in one commit, with the code that loads it.
+
+    Refused are weights that are damaged or not finite, a card that claims figures which no result file (.json) in the
+    folder holds, and what does not load back with equal logits, with this package and without it.
+    """
+    from .hub import prepared, upload
+
+    with prepared(args.folder) as ready:
+        if args.dry_run:
+            print(ready.report())
+            return 0
+        for note in ready.notes:
+            print(f"depict: {note}", file=sys.stderr)
+        options = {name: getattr(args, name) for name in ("private", "revision", "tag", "overwrite")}
+        print(f"Uploaded: {upload(ready, args.repository, **options)}")
     return 0
 
 
@@ -288,6 +309,7 @@ COMMANDS = {
     ),
     "demo": Command("show a page in the browser to try a model on", add_demo_arguments, show_demo),
     "export": Command("write a model as a file that runs without this package", add_export_arguments, export_file),
+    "push": Command("upload a model folder to the Hugging Face Hub", add_push_arguments, push_model),
     "info": Command("print versions, for reports of faults", lambda parser: None, print_information),
 }
 # These read their own arguments: `depict evaluate ...` is `python -m training.evaluate ...` of the repository.

@@ -27,7 +27,7 @@ from .published_files import (
     rename_parameters,
 )
 from .ranges import check_whole
-from .weight_files import check_finite
+from .weight_files import check_finite, file_checksum
 
 __all__ = [
     "MASK_TRANSFORMER_HEAD_DIM",
@@ -77,12 +77,29 @@ class Conversion:
             from, parameters that were dropped.
         warning: Why the protocol is not that of published figures although it was asked for, and what
             `published_files.doubts` says of the variant; None where there is nothing.
+        checkpoint: The file of weights.
     """
 
     model: DepictForSemanticSegmentation
     image_processor: DepictImageProcessor
     report: tuple[str, ...]
     warning: str | None = None
+    checkpoint: Path | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return what the converted model's card says of its origin, ready for JSON.
+
+        `name` is that of the folder the checkpoint lies in, as the authors name models; `checkpoint_sha256` the
+        checksum of the file. Paths are left out.
+        """
+        assert self.checkpoint is not None
+        return {
+            "name": self.checkpoint.absolute().parent.name,
+            "checkpoint": self.checkpoint.name,
+            "checkpoint_sha256": file_checksum(self.checkpoint),
+            "report": list(self.report),
+            "warning": self.warning,
+        }
 
 
 def convert_checkpoint(
@@ -185,7 +202,7 @@ def convert_with_report(
         f"settings not read: {', '.join(not_read(settings)) or 'none'}",
     )
     warning = " ".join(([warning] if warning else []) + doubts(settings, num_labels)) or None
-    return Conversion(model.eval(), image_processor, report, warning)
+    return Conversion(model.eval(), image_processor, report, warning, checkpoint)
 
 
 def published_protocol(dataset: str, crop_size: int, im_size: int | None = None) -> dict[str, Any]:

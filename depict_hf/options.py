@@ -99,7 +99,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class-names", type=Path, metavar="FILE", help="names of the classes: .json, or .txt with one a line"
     )
-    parser.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to this repository")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="also upload the result, as `depict push OUT REPO` does")
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +132,20 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--int8", action="store_true", help="onnx: matrix products in 8-bit integers")
     parser.add_argument("--photo", type=Path, help="photograph to compare file and model on; default: one that is made")
     parser.add_argument("--license", metavar="NAME", help="of the weights; default: as the model's card says")
+
+
+def add_push_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="folder of the model, or 'default'")
+    parser.add_argument(
+        "repository", metavar="REPO", help="USER/NAME, or NAME for one of your own; created where there is none"
+    )
+    parser.add_argument("--private", action="store_true", help="nobody else may see it")
+    parser.add_argument("--revision", metavar="REV", help="branch, made where there is none; default: the main one")
+    parser.add_argument("--tag", metavar="TAG", help="name for this state of the repository")
+    parser.add_argument("--overwrite", action="store_true", help="replace another model in the repository")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, and print files, sizes and the card; nothing is sent"
+    )
 
 
 def add_explain_arguments(parser: argparse.ArgumentParser) -> None:

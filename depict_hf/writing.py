@@ -37,7 +37,7 @@ _NOT_HERE = (*_NO_FOLDER_SYNC, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EX
 _WEIGHTS = (".safetensors", ".onnx", ".pt2")
 # What a folder of a model or an export may hold for another one to take its place.
 _MODEL_FILE = re.compile(
-    r"config\.json|preprocessor_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"config\.json|preprocessor_config\.json|conversion\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|model\.(onnx|pt2|json)"
 )
 

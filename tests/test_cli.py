@@ -16,10 +16,11 @@ import torch
 from conftest import tiny_model
 from pycocotools import mask as coco_mask
 
-from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor, loading
+from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor, hub, loading
 from depict_hf.cli import main
 from depict_hf.inference import segment
 from depict_hf.loading import load_model, native_dtype, override_protocol
+from depict_hf.weight_files import file_checksum
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
 SIZE = {"shortest_edge": 32}
@@ -210,12 +211,15 @@ def test_unknown_devices_are_refused(model_folder, tmp_path, capsys):
 
 def test_convert_writes_a_model_that_segments(tmp_path, capsys, monkeypatch):
     uploads = []
-    for kind in (DepictForSemanticSegmentation, DepictImageProcessor):
-        monkeypatch.setattr(kind, "push_to_hub", lambda self, repo: uploads.append((type(self).__name__, repo)))
+    monkeypatch.setattr(hub, "push", lambda folder, repo: uploads.append((folder, repo)) or "ADDRESS")
     out = tmp_path / "out"
     assert main(["convert", str(PUBLISHED / "ca_vit"), str(out), "--push-to-hub", "me/ca"]) == 0
-    assert "decoder ca, 9 classes" in capsys.readouterr().out
-    assert uploads == [("DepictForSemanticSegmentation", "me/ca"), ("DepictImageProcessor", "me/ca")]
+    printed = capsys.readouterr().out
+    assert "decoder ca, 9 classes" in printed and printed.endswith("Uploaded: ADDRESS\n")
+    assert uploads == [(out, "me/ca")]
+    record = json.loads((out / "conversion.json").read_text())
+    assert record["checkpoint_sha256"] == file_checksum(PUBLISHED / "ca_vit" / "checkpoint.pth")
+    assert record["name"] == "ca_vit" and str(PUBLISHED) not in json.dumps(record)
 
     photo = save_photo(tmp_path / "photo.png")
     assert main(["segment", str(photo), "--model", str(out), "--output", str(tmp_path / "maps")]) == 0

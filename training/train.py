@@ -12,12 +12,12 @@ from typing import Any, cast
 import datasets
 import torch
 from accelerate import PartialState
-from huggingface_hub import create_repo, upload_folder
 from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import is_tensorboard_available
 
 from depict_hf import DepictForSemanticSegmentation
+from depict_hf.hub import claim, push
 from depict_hf.loading import load_model
 from depict_hf.writing import whole_folder
 
@@ -152,7 +152,7 @@ def check_launch(recipe: Recipe) -> dict[str, Any]:
         What the result depends on besides recipe and data: `processes`, the number of processes.
 
     Raises:
-        OSError: If the trained model is to be uploaded, and the Hub does not let it.
+        OSError: If the trained model is to be uploaded, and the Hub does not let it, or holds another model.
         ValueError: If the batch cannot be divided, or the model is to be shared (FSDP) in a way that does not work.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -160,26 +160,21 @@ def check_launch(recipe: Recipe) -> dict[str, Any]:
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         check_sharding(recipe, int(os.environ.get("FSDP_VERSION", "1")))
     if recipe.hardware.push_to_hub is not None and os.environ.get("RANK", "0") == "0":
-        try:
-            create_repo(recipe.hardware.push_to_hub, exist_ok=True)
-        except Exception as error:  # what is raised without a network depends on the version of huggingface_hub
-            raise OSError(
-                f"Got push_to_hub={recipe.hardware.push_to_hub}, which the Hub did not let be created: {error}; log in "
-                "with `hf auth login`, or leave it out and upload the trained model yourself."
-            ) from error
+        claim(recipe.hardware.push_to_hub)
     return {"processes": processes}
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Upload a trained model with its records, card and curves, without checkpoints and features, in one commit.
-
-    `push_to_hub` of transformers is not used: it writes a card of its own over the folder's.
+    """Upload a trained model with its records, card and curves, as `depict push` does.
 
     Returns:
         The address of the commit.
+
+    Raises:
+        OSError: If the Hub does not let it, or holds another model by then.
+        ValueError: If the card claims what no record says, or the model does not load back.
     """
-    left_out = ["checkpoint-*/**", "features/**", "samples/**", "deleted/**"]
-    return str(upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=left_out))
+    return push(folder, repository)
 
 
 def build_loss(recipe: Recipe, samples: SegmentationDataset | None) -> RecipeLoss | None:

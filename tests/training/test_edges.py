@@ -10,13 +10,13 @@ import pytest
 import torch
 import transformers
 from conftest import make_trainer, tiny_config, training_arguments
-from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
 from depict_hf import DepictForSemanticSegmentation
+from depict_hf.hub import UploadError, prepared
 from training import train
 from training.data import digest
 from training.optimization import RecipeLoss, SegmentationTrainer
@@ -295,36 +295,36 @@ def test_a_digest_is_of_contents_and_their_order(tmp_path):
     assert digest([{"image": {"path": "a.png", "bytes": bytes(changed)}}, stored[1]]) != digest(stored)
 
 
-def test_the_trained_model_is_uploaded_as_it_was_saved(
-    dataset_folder,
-    backbone_folder,
-    tmp_path,
-    monkeypatch,
+@pytest.mark.parametrize("own_card", [None, "my own card"])
+def test_the_trained_model_is_uploaded_with_a_card_that_its_records_back(
+    dataset_folder, backbone_folder, tmp_path, monkeypatch, own_card
 ):
     calls = []
-    monkeypatch.setattr(train, "create_repo", lambda name, exist_ok: calls.append(("create", name, exist_ok)))
+    monkeypatch.setattr(train, "claim", lambda name: calls.append(("claim", name)))
 
-    def upload_folder(repo_id, folder_path, ignore_patterns):
-        files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
-        calls.append(("upload", repo_id, set(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
+    def push(folder, repository):
+        with prepared(folder) as ready:
+            calls.append(("push", repository, set(ready.files), ready.card))
         return "https://huggingface.co/me/model/commit/1"
 
-    monkeypatch.setattr(train, "upload_folder", upload_folder)
-    (tmp_path / "README.md").write_text("my own card")
+    monkeypatch.setattr(train, "push", push)
+    if own_card:
+        (tmp_path / "README.md").write_text(own_card)
     assert run(dataset_folder, backbone_folder, tmp_path, "epochs=1", "push_to_hub=me/model") == 0
-    assert calls[0] == ("create", "me/model", True)
-    kind, name, files = calls[1]
-    assert (kind, name, len(calls)) == ("upload", "me/model", 2)
+    assert calls[0] == ("claim", "me/model")
+    kind, name, files, card = calls[1]
+    assert (kind, name, len(calls)) == ("push", "me/model", 2)
     needed = {"model.safetensors", "config.json", "preprocessor_config.json", "recipe.json", "evaluation.json"}
-    assert needed | {"README.md"} <= files
+    assert needed | {"README.md", "modeling_depict.py"} <= files
     assert not [each for each in files if each.startswith(("checkpoint", "features", "samples", "deleted"))]
-    assert (tmp_path / "README.md").read_text() == "my own card"
+    assert card == (tmp_path / "README.md").read_text()
+    assert card == own_card if own_card else "model-index:" in card
 
 
 def test_a_hub_that_refuses_ends_the_run_before_anything_is_read(tmp_path, monkeypatch, capsys):
     def refuse(*args, **kwargs):
-        raise RuntimeError("401 Unauthorized")
+        raise UploadError("me/model was not uploaded: log in")
 
-    monkeypatch.setattr(train, "create_repo", refuse)
+    monkeypatch.setattr(train, "claim", refuse)
     assert train.main(["camvid_dinov2_small_sa", "no data", str(tmp_path), "push_to_hub=me/model"]) == 1
-    assert "push_to_hub=me/model, which the Hub did not let be created: 401 Unauthorized" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: me/model was not uploaded: log in\n"

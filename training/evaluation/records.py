@@ -11,6 +11,8 @@ import torch
 import transformers
 from transformers import PretrainedConfig
 
+from depict_hf.hub import percent as percent
+from depict_hf.hub import render_table as render_table
 from depict_hf.writing import write_json as write_json
 from depict_hf.writing import write_whole as write_whole
 
@@ -43,17 +45,6 @@ def git_commit(folder: Path) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return outputs[0].strip() + ("+" if outputs[1].strip() else "")
-
-
-def render_table(record: dict) -> str:
-    """Per-class IoU and accuracy of a record of `evaluate`, in percent."""
-    width = max(len(name) for name in [*record["per_class_iou"], "overall accuracy"])
-    lines = [f"{'class':{width}}  {'IoU':>6}  {'acc.':>6}"]
-    for name, iou in record["per_class_iou"].items():
-        lines.append(f"{name:{width}}  {percent(iou)}  {percent(record['per_class_accuracy'][name])}")
-    lines.append(f"{'mean':{width}}  {percent(record['mean_iou'])}  {percent(record['mean_accuracy'])}")
-    lines.append(f"{'overall accuracy':{width}}  {'':6}  {percent(record['overall_accuracy'])}")
-    return "\n".join(lines)
 
 
 def describe(record: dict) -> str:
@@ -90,11 +81,6 @@ def describe_calibration(figures: dict) -> str:
         f"{figures['negative_log_likelihood']:.4f} nats, Brier score {figures['brier_score']:.4f}, area under risk and "
         f"coverage {100 * figures['risk_coverage']['area']:.2f} %, {figures['num_pixels']} pixels"
     )
-
-
-def percent(fraction: float | None) -> str:
-    """A fraction as a percentage of six characters with two decimals; None is a "-"."""
-    return f"{'-':>6}" if fraction is None else f"{100 * fraction:6.2f}"
 
 
 def flush_every_line() -> None:

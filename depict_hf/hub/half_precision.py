@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from .image_processing_depict import DepictImageProcessor
-from .modeling_depict import DepictForSemanticSegmentation
-from .writing import whole_folder
+from ..image_processing_depict import DepictImageProcessor
+from ..modeling_depict import DepictForSemanticSegmentation
+from ..writing import whole_folder
 
 
 def save_half_precision(source: str | Path, folder: str | Path) -> None:
