@@ -187,9 +187,9 @@ def convert_published(args: argparse.Namespace) -> int:
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
         write_json(conversion.record(), folder / "conversion.json")
-    print(f"{args.checkpoint} -> {args.output}: " + "\n  ".join(conversion.report))
+    print(shown_lines(f"{args.checkpoint} -> {args.output}: " + "\n  ".join(conversion.report)))
     if conversion.warning:
-        print(f"depict: {conversion.warning}", file=sys.stderr)
+        print(f"depict: {shown(conversion.warning)}", file=sys.stderr)
     if args.push_to_hub:
         from .hub import push
 
@@ -238,7 +238,7 @@ def export_file(args: argparse.Namespace) -> int:
         license=args.license,
         overwrite=args.overwrite,
     )
-    print(f"{args.model} -> {exported.report()}")
+    print(shown_lines(f"{args.model} -> {exported.report()}"))
     if exported.metadata["protocol"] == "one window" and args.format == "onnx":
         print("  hint       --dynamic --preprocess --labels makes a file from whole photographs to label maps")
     return 0

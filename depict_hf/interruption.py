@@ -1,13 +1,28 @@
 """SIGINT and SIGTERM: at once where nothing is in hand, after the file in hand where something is."""
 
 import os
+import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def command_text(arguments: Sequence[str]) -> str:
+    """Write a command as a shell takes it, on one line that every terminal can show.
+
+    What cannot be printed, such as a line break in a file's name, stands there in the bytes of the name.
+    """
+    return " ".join(shlex.quote(each) if each.isprintable() else _in_bytes(each) for each in arguments)
+
+
+def _in_bytes(argument: str) -> str:
+    printable = set(range(32, 127)) - set(b"\\'")
+    return "$'" + "".join(chr(each) if each in printable else f"\\x{each:02x}" for each in os.fsencode(argument)) + "'"
 
 
 class Terminated(KeyboardInterrupt):
@@ -44,7 +59,7 @@ class Interruption:
             self.number = self.number or number
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-        with _handling(dict.fromkeys(SIGNALS, note)):
+        with handling(dict.fromkeys(SIGNALS, note)):
             yield
 
 
@@ -64,12 +79,12 @@ def ending_at_once() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)  # a process that was forked off, for reading data
         os.kill(os.getpid(), number)
 
-    with _handling({signal.SIGTERM: end}):
+    with handling({signal.SIGTERM: end}):
         yield
 
 
 @contextmanager
-def _handling(handlers: dict) -> Iterator[None]:
+def handling(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], Any]]) -> Iterator[None]:
     """Handle signals in another way for a while, but for those that the process was started to ignore."""
     if threading.current_thread() is not threading.main_thread():  # which alone may handle any
         yield
@@ -81,6 +96,6 @@ def _handling(handlers: dict) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)
+        for number, earlier in before.items():
+            if earlier is not None:
+                signal.signal(number, earlier)

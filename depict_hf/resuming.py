@@ -3,11 +3,11 @@
 import json
 import os
 import secrets
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .interruption import command_text
 from .photo_files import shown
 from .photographs import Photograph
 from .unfinished import delete_unfinished
@@ -119,7 +119,7 @@ class Outcome:
 def how_to_go_on(arguments: Sequence[str]) -> str:
     """Write the command that goes on where one with these arguments, the first of which is `segment`, was stopped."""
     rest = [each for each in arguments[1:] if each not in ("--overwrite", "--resume")]
-    return shlex.join(["depict", "segment", "--resume", *rest])
+    return command_text(["depict", "segment", "--resume", *rest])
 
 
 def _is_result(path: Path) -> bool:

@@ -31,6 +31,8 @@ def _read_map(segmentation_map, size: tuple[int, int]) -> torch.Tensor:
         with decoding(segmentation_map.size):
             segmentation_map.load()
         segmentation_map = np.array(segmentation_map)
+        if segmentation_map.ndim == 3:  # channels first, which a side of at most 4 pixels would be taken for
+            segmentation_map = np.moveaxis(segmentation_map, -1, 0)
     if isinstance(segmentation_map, np.ndarray):
         segmentation_map = to_tensor(segmentation_map)
     if not isinstance(segmentation_map, torch.Tensor):

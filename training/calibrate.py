@@ -13,6 +13,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from depict_hf.loading import model_source
+from depict_hf.photo_files import shown_lines
 
 from .evaluation import (
     PixelSample,
@@ -73,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 print(f"{name + ':':8}{describe_calibration(record[name])}")
             print(f"temperature {record['temperature']:g} -> {folder / 'config.json'}; record -> {path}")
     except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown_lines(error)}", file=sys.stderr)
         return 1
     end_processes()
     return 0

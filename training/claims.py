@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from depict_hf.photo_files import shown_lines
+
 from .evaluation import flush_every_line, write_json, write_whole
 from .evidence.claims import (
     Plan,
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.decoders is None:
             write_claims(plan, arguments.output, datasets)
     except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown_lines(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from depict_hf.configuration_depict import DECODER_TYPES
+from depict_hf.photo_files import shown_lines
 
 from .evaluation import flush_every_line
 from .evidence import load_runs
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             recipe = (arguments.backbone, arguments.overrides)
             compare_decoders(arguments.dataset, arguments.output, arguments.decoders, *budget, *recipe)
     except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown_lines(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from depict_hf.configuration_depict import IGNORE_LABEL
+from depict_hf.photo_files import shown_lines
 
 from .evaluation import (
     CORRUPTIONS,
@@ -119,7 +120,7 @@ def _run(arguments: argparse.Namespace) -> int:
             if arguments.output:
                 write_json(record, arguments.output)
     except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown_lines(error)}", file=sys.stderr)
         return 1
     end_processes()
     difference = record.get("cross_check", {}).get("largest_difference", 0.0)

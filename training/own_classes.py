@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from depict_hf.photo_files import shown_lines
+
 from .stopping import command_line, run_stoppable
 
 DEFAULT_MINUTES = 60.0
@@ -87,7 +89,7 @@ def run(arguments: argparse.Namespace, started: float | None = None) -> int:
         flush_every_line()
         train_own_classes(arguments, started)
     except (FloatingPointError, ImportError, OSError, SafetensorError, ValueError) as error:
-        print(f"depict: {error}", file=sys.stderr)
+        print(f"depict: {shown_lines(error)}", file=sys.stderr)
         return 1
     return 0
 

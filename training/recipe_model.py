@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedModel
 from depict_hf import DepictConfig, DepictForSemanticSegmentation
 from depict_hf.configuration_depict import published_decoder_fields
 from depict_hf.conversion import load_encoder, read_weights
+from depict_hf.weight_files import check_finite, one_line
 
 from .optimization import add_adapters, freeze_encoder_blocks
 from .recipe import Recipe
@@ -41,15 +42,35 @@ def build_model(recipe: Recipe) -> DepictForSemanticSegmentation:
                 "start from a folder that training or `depict convert` wrote."
             )
     elif recipe.model.encoder is None:
-        backbone_config = AutoConfig.from_pretrained(recipe.model.backbone, trust_remote_code=False)
-        fields |= published_decoder_fields(recipe.model.decoder_type, backbone_config.hidden_size)
-        model = DepictForSemanticSegmentation(DepictConfig(backbone_config=backbone_config, **fields))
-        load_backbone(model, recipe.model.backbone)
+        model = _around_backbone(recipe.model.backbone, fields)
     else:
         fields |= {"image_size": recipe.data.crop_size, "drop_path_rate": recipe.model.drop_path_rate}
         model = DepictForSemanticSegmentation(DepictConfig.from_preset(recipe.model.encoder, **fields))
         load_encoder(model, read_weights(recipe.model.backbone))
     freeze_for(model, recipe)
+    return model
+
+
+def _around_backbone(name_or_path: str, fields: dict[str, Any]) -> DepictForSemanticSegmentation:
+    """Build a model with these fields around a pretrained backbone.
+
+    Raises:
+        OSError: If there is no such backbone.
+        ValueError: If its settings or weights are damaged, or it cannot be an encoder.
+    """
+    try:
+        backbone_config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        fields = fields | published_decoder_fields(fields["decoder_type"], backbone_config.hidden_size)
+        model = DepictForSemanticSegmentation(DepictConfig(backbone_config=backbone_config, **fields))
+        load_backbone(model, name_or_path)
+    except (ImportError, OSError, ValueError):
+        raise
+    # Of damaged settings and weights, every architecture raises errors of its own.
+    except Exception as error:
+        raise ValueError(
+            f"Got backbone={name_or_path}, which cannot be loaded as an encoder ({type(error).__name__}): "
+            f"{one_line(error)}; copy or download it again, or choose another."
+        ) from error
     return model
 
 
@@ -100,6 +121,7 @@ def load_backbone(model: DepictForSemanticSegmentation, name_or_path: str) -> No
     model.encoder.backbone, loading = backbone_class.from_pretrained(
         name_or_path, config=backbone.config, dtype=torch.float32, output_loading_info=True
     )
+    check_finite(model.encoder.backbone.state_dict().items(), name_or_path)
     if loading["missing_keys"]:
         raise ValueError(
             f"{name_or_path} lacks weights of {backbone_class.__name__}, among them "

@@ -18,6 +18,7 @@ from typing import Any
 
 from depict_hf.conversion import PUBLISHED_SIZES, published_protocol
 from depict_hf.labels import class_names
+from depict_hf.photo_files import shown_lines
 
 from .recipe import DataSection, EvaluationSection, HardwareSection, ModelSection, OptimizationSection, Recipe
 from .settings import nearest_name
@@ -271,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(get_recipe(arguments.recipe).override(arguments.overrides))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown_lines(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from depict_hf.photo_files import shown_lines
+
 from .evaluation import (
     Execution,
     check_outputs,
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.output:
                 write_json(record | {"environment": started_in}, arguments.output)
     except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown_lines(error)}", file=sys.stderr)
         return 1
     end_processes()
     return EXIT_CODES[record["verdict"]]

@@ -15,9 +15,13 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
+
+from depict_hf.photo_files import shown_lines
 
 from .evaluation import (
     CORRUPTIONS,
@@ -36,12 +40,18 @@ from .evidence.perturbations import SECTIONS, load_groups, measure_section, pars
 from .evidence.robustness import NAME_LENGTH, compare_models, render_comparison, summarize
 from .evidence.robustness_card import RECORD_NAME, render_card, write_card
 from .evidence.robustness_summary import verdict
+from .stopping import run_stoppable
 
 # The names that this module had before its machinery moved into a room stay importable.
 __all__ = ["NAME_LENGTH", "compare_models", "main", "render_comparison", "summarize"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and write.
+
+    Returns:
+        0 if all went well, 1 if not, 130 or 143 if SIGINT or SIGTERM ended it.
+    """
     started_in = environment()
     parser = argparse.ArgumentParser(
         prog="python -m training.robustness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -91,6 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     alone = not (arguments.perturb or arguments.group or arguments.card)
     if alone and not arguments.models:
         parser.error("the following arguments are required: model, dataset")
+    command = partial(_run, arguments, alone, given, started_in)
+    return run_stoppable(command, parser.prog, "no record was written; start it again")
+
+
+def _run(arguments: argparse.Namespace, alone: bool, given: list[str], started_in: dict[str, Any]) -> int:
     try:
         state = start_processes()
         corruptions = parse_corruptions(arguments.corruptions, arguments.severities)
@@ -106,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.output:
                 write_json(record, arguments.output)
     except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown_lines(error)}", file=sys.stderr)
         return 1
     end_processes()
     return 0

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, ViTConfig, ViTModel
 from transformers.utils import cached_file
 
@@ -145,7 +144,8 @@ def _from_backbone(source: str, place: str, config: PreTrainedConfig, labels: di
     fields = labels | {"decoder_type": decoder_type} | published_decoder_fields(decoder_type, width)
     try:
         model = DepictForSemanticSegmentation(DepictConfig(backbone_config=config, **fields))
-    except (ValueError, StrictDataclassError) as error:
+    # Of damaged settings, every architecture raises errors of its own.
+    except Exception as error:
         raise ValueError(
             f"Got --from {source}, of the architecture {config.model_type!r}, which cannot be an encoder here: "
             f"{one_line(error)} Name a model of this package, or a backbone such as facebook/dinov2-small."

@@ -1,7 +1,6 @@
 """SIGTERM and SIGINT: a command ends in one line that says how to go on, training not before its step is saved."""
 
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from depict_hf.interruption import SIGNALS, command_text, handling
 
 
 class Stopped(KeyboardInterrupt):
@@ -65,8 +64,9 @@ def run_stoppable(command: Callable[[], int], name: str, go_on: str) -> int:
         What `command` returns, or 128 and the number of the signal: 143 for SIGTERM, 130 for SIGINT.
     """
     _signals.received = None
+    _signals.process = os.getpid()
     try:
-        with _handled():
+        with handling(dict.fromkeys(SIGNALS, _handle)):
             return command()
     except Stopped as stopped:
         number, done = stopped.number, stopped.done
@@ -90,7 +90,7 @@ def command_line(name: str, arguments: Sequence[str] | None, *added: str) -> str
         added: Options to be added.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return f"{name} {shlex.join([*given, *(each for each in added if each not in given)])}"
+    return f"{name} {command_text([*given, *(each for each in added if each not in given)])}"
 
 
 def survive(worker: int) -> None:
@@ -109,24 +109,6 @@ def _end_with_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-@contextmanager
-def _handled() -> Iterator[None]:
-    """Handle the signals within, unless this is no main thread, which Python does not let, or they are ignored."""
-    before = {}
-    _signals.process = os.getpid()
-    try:
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, _handle)
-    except ValueError:
-        pass  # no main thread
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

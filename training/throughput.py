@@ -8,6 +8,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from depict_hf.photo_files import shown_lines
+
 from .data import load_dataset_splits
 from .evidence.throughput import MEASURED_SECONDS, build_loader, measure
 from .recipes import get_recipe
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loader = build_loader(recipe, load_dataset_splits(arguments.dataset, recipe.data.streaming))
         images, seconds = measure(loader)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown_lines(error)}", file=sys.stderr)
         return 1
     print(
         f"{images / seconds:.1f} images a second: {images} images in {seconds:.1f} s, {loader.num_workers} workers, "

@@ -19,6 +19,7 @@ from transformers.integrations import is_tensorboard_available
 from depict_hf import DepictForSemanticSegmentation
 from depict_hf.hub import claim, push
 from depict_hf.loading import load_model
+from depict_hf.photo_files import shown_lines
 from depict_hf.writing import whole_folder
 
 from .data import (
@@ -37,6 +38,7 @@ from .optimization import (
     RecipeLoss,
     SegmentationTrainer,
     balanced_weights,
+    check_output,
     check_same_run,
     check_sharding,
     discard_unfinished,
@@ -271,7 +273,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("dataset", help="Hub name, or local folder (see training.data.load_dataset_splits)")
     parser.add_argument("output", type=Path, help="folder for checkpoints, records and the trained model")
     parser.add_argument("--backbone", help="path or Hub name of the encoder; the recipe's own if omitted")
-    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT, if any")
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT, if any")
+    earlier.add_argument("--overwrite", action="store_true", help="replace the run in OUTPUT, its checkpoints included")
     parser.add_argument(
         "--rehearse",
         action="store_true",
@@ -295,7 +299,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         _train(arguments)
     except (FloatingPointError, ImportError, OSError, SafetensorError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown_lines(error)}", file=sys.stderr)
         return 1
     end_processes()  # here, where the trainer is out of use
     return 0
@@ -318,7 +322,8 @@ def _train(arguments: argparse.Namespace) -> None:
     if asked != recipe.hardware.precision:
         print_once(f"precision={asked} is {recipe.hardware.precision} here")
     circumstances = check_launch(recipe)
-    checkpoint = find_checkpoint(arguments.output, arguments.resume)
+    check_output(arguments.output, arguments.resume or arguments.overwrite)
+    checkpoint = None if arguments.overwrite else find_checkpoint(arguments.output, arguments.resume)
     known = None if checkpoint is None else arguments.output / "recipe.json"
     if known is not None:
         if not known.is_file():
@@ -335,7 +340,7 @@ def _train(arguments: argparse.Namespace) -> None:
         record = {"recipe": dataclasses.asdict(recipe), "dataset": arguments.dataset} | circumstances
         record["left_out"] = [name for samples in splits.opened.values() for name in samples.left_out]
         write_run_record(record, started_in, checkpoint, arguments.output / "recipe.json")
-        discard_unfinished(arguments.output, checkpoint)
+        discard_unfinished(arguments.output, checkpoint, all_of_them=arguments.overwrite)
     trainer.train(resume_from_checkpoint=checkpoint)
     save_trained(recipe, trainer, model, arguments.output)
     trainer.accelerator.wait_for_everyone()
@@ -347,7 +352,7 @@ def _train(arguments: argparse.Namespace) -> None:
         record |= {"model": str(arguments.output), "dataset": arguments.dataset, "split": recipe.data.test_split}
         record["environment"] = started_in
         write_json(record, arguments.output / "evaluation.json")
-        if not (arguments.output / "README.md").exists():  # a card of the user's own stays
+        if arguments.overwrite or not (arguments.output / "README.md").exists():  # a card of the user's own stays
             write_card(arguments.output)
         print(render_table(record))
         if recipe.hardware.push_to_hub is not None:

@@ -9,16 +9,26 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from depict_hf.photo_files import shown_lines
 
 from .evaluation import add_data_arguments, check_outputs, end_processes, environment, start_processes, write_json
 from .evidence.perturbations import load_groups, parse_groups
 from .evidence.white_box import measure_white_box
 from .evidence.white_box_card import RECORD_NAME, render_card, write_card
 from .robustness import shown
+from .stopping import run_stoppable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and write.
+
+    Returns:
+        0 if all went well, 1 if not, 130 or 143 if SIGINT or SIGTERM ended it.
+    """
     started_in = environment()
     parser = argparse.ArgumentParser(
         prog="python -m training.white_box", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -36,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(split="validation")
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_intermixed_args(given)
+    command = partial(_run, arguments, given, started_in)
+    return run_stoppable(command, parser.prog, "no record was written; start it again")
+
+
+def _run(arguments: argparse.Namespace, given: list[str], started_in: dict[str, Any]) -> int:
     try:
         state = start_processes()
         card = arguments.card
@@ -66,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if card:
             write_card(record, card)
     except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown_lines(error)}", file=sys.stderr)
         return 1
     end_processes()
     return 0

@@ -1,10 +1,13 @@
 """SIGTERM and SIGINT end a run with a checkpoint of the step in which they came, from which it goes on bit for bit."""
 
+import importlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from conftest import training_arguments
 from safetensors.torch import load_file
 
 from training import train
+from training.data import SegmentationDataset
 from training.optimization import SegmentationTrainer
 from training.optimization.checkpoints import is_complete
 from training.stopping import Stopped, command_line, deferred, received, run_stoppable
@@ -74,6 +78,30 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
         assert all(torch.equal(weights[each], value) for each, value in expected.items()), name
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("command", ["evaluate", "calibrate", "robustness", "white_box"])
+def test_commands_that_measure_end_in_a_line_and_leave_nothing(
+    command, number, code, model_folder, dataset_folder, tmp_path, monkeypatch, capsys
+):
+    """While a photograph is read. Fails if a stack is printed, or a record or temperature of half the images stays."""
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+
+    def read(self, index):
+        os.kill(os.getpid(), number)
+        time.sleep(9)  # where the handler raises
+
+    monkeypatch.setattr(SegmentationDataset, "__getitem__", read)
+    record = tmp_path / "record.json"
+    main = importlib.import_module(f"training.{command}").main
+    splits = ["--split", "validation", "--workers", "0", "--output", str(record)]
+    assert main([str(model), dataset_folder, *splits]) == code
+    [line] = [each for each in capsys.readouterr().err.splitlines() if "stopped by" in each]
+    assert f"training.{command}: stopped by {number.name}; " in line and line.endswith("start it again")
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_a_signal_outside_of_training_ends_at_once(capsys):
     def command() -> int:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -132,3 +160,11 @@ def test_other_errors_are_not_taken_for_a_signal():
 def test_the_command_that_goes_on_can_be_pasted():
     assert command_line("depict train", ["my data", "OUT"], "--resume") == "depict train 'my data' OUT --resume"
     assert command_line("depict train", ["--resume", "OUT"], "--resume") == "depict train --resume OUT"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "\udce9.jpg", "it's\\\t", "é☃\u2028"])
+def test_names_that_no_terminal_shows_can_be_pasted(name):
+    """Fails if a line has a line break or an escape in it, or the shell makes another name of it."""
+    line = command_line("printf %s", [name])
+    assert line.isprintable()
+    assert subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout == os.fsencode(name)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from depict_hf.inference import segment
 from training import evaluate, train
 from training.evaluation.metrics import MeanIoU
 from training.evaluation.records import render_table
+from training.optimization.checkpoints import mark_complete
 from training.optimization.groups import create_optimizer, create_scheduler, parameter_groups, rate_factor
 from training.recipes import camvid_dinov2_small, get_recipe
 
@@ -286,6 +288,26 @@ def test_frozen_encoder_runs_in_evaluation_mode(dataset_folder, backbone_folder,
     assert all(
         (parameter.grad is None) == frozen for parameter in trainer.model.encoder.backbone.layernorm.parameters()
     )
+
+
+def test_a_finished_run_is_replaced_only_if_that_is_asked_for(
+    trained, dataset_folder, backbone_folder, tmp_path, capsys
+):
+    """Also where its checkpoints are gone. Fails if another run's checkpoint stays, from which --resume would go on."""
+    output = tmp_path / "output"
+    shutil.copytree(trained, output, ignore=shutil.ignore_patterns("checkpoint-*"))
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    arguments = training_arguments(dataset_folder, backbone_folder, output)
+    assert train.main(arguments) == 1
+    assert "holds a trained model; pass --resume to continue its run, --overwrite to replace" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+    (output / "checkpoint-99").mkdir()
+    mark_complete(output / "checkpoint-99")
+    assert train.main([*arguments, "epochs=1", "--overwrite"]) == 0
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2"]
+    assert (output / "model.safetensors").stat().st_mtime_ns > before["model.safetensors"]
+    with pytest.raises(SystemExit):
+        train.main([*arguments, "--overwrite", "--resume"])
 
 
 def test_resume_ends_with_the_same_weights(trained, dataset_folder, backbone_folder, tmp_path, capsys):

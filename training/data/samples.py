@@ -13,6 +13,7 @@ from torch import Tensor
 
 from depict_hf import DepictImageProcessor
 from depict_hf.configuration_depict import IGNORE_LABEL
+from depict_hf.photo_files import shown_lines
 
 from .augmentation import TrainingAugmentation
 from .loading import find_columns
@@ -103,7 +104,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         except UnreadableImageError as error:
             if not self.skip_unreadable:
                 raise
-            print(f"left out: {error}", file=sys.stderr, flush=True)
+            print(f"left out: {shown_lines(error)}", file=sys.stderr, flush=True)
             ignored = torch.full((1, 1), IGNORE_LABEL)
             return {"image": torch.zeros((3, 1, 1), dtype=torch.uint8), "labels": ignored}
 

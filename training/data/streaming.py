@@ -16,6 +16,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import default_collate
 
 from depict_hf.configuration_depict import IGNORE_LABEL
+from depict_hf.photo_files import shown_lines
 
 from ..stopping import survive
 from .augmentation import TrainingAugmentation
@@ -124,7 +125,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
                 except UnreadableImageError as error:
                     if not self.skip_unreadable:
                         raise
-                    print(f"left out: {error}", file=sys.stderr, flush=True)
+                    print(f"left out: {shown_lines(error)}", file=sys.stderr, flush=True)
                     continue
                 empty = False
                 yield sample | {"name": name_of(encoded_image) or "an image of the stream without a name"}

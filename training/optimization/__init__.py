@@ -1,7 +1,7 @@
 """How weights move: Trainer, losses, parameter groups, rates, averages, adapters, checkpoints."""
 
 from .adapters import add_adapters, merge_adapters
-from .checkpoints import discard_unfinished, find_checkpoint, warn_once
+from .checkpoints import check_output, discard_unfinished, find_checkpoint, warn_once
 from .groups import (
     SCALE_PARAMETERS,
     TOKENS,
@@ -31,6 +31,7 @@ __all__ = [
     "SegmentationTrainer",
     "add_adapters",
     "balanced_weights",
+    "check_output",
     "check_same_run",
     "check_sharding",
     "clock_time",

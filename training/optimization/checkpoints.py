@@ -33,6 +33,7 @@ __all__ = [
     "as_json",
     "changed_fields",
     "changed_file",
+    "check_output",
     "check_same_run",
     "checkpoint_folders",
     "delete_oldest",
@@ -181,17 +182,33 @@ def delete_oldest(output: Path, keep: int, best_step: int | None = None) -> None
             _delete(steps[step])
 
 
-def discard_unfinished(output: Path, resumed_from: str | None = None) -> None:
+def check_output(output: Path, told: bool) -> None:
+    """Refuse a folder with a trained model, which a run that ends there would replace, unless that was asked for.
+
+    Checkpoints are what `find_checkpoint` asks for.
+
+    Raises:
+        ValueError: If there is a model, and nobody was told so.
+    """
+    if not told and any(output.glob("model*.safetensors*")):
+        raise ValueError(
+            f"{output} holds a trained model; pass --resume to continue its run, --overwrite to replace it, or choose "
+            "another folder."
+        )
+
+
+def discard_unfinished(output: Path, resumed_from: str | None = None, all_of_them: bool = False) -> None:
     """Delete checkpoints that are not whole, which a killed run left behind in `output`.
 
     Args:
         output: Folder of the run.
         resumed_from: Checkpoint that the run goes on from, as `find_checkpoint` found it; later ones, which it passed
             over, are deleted, too.
+        all_of_them: Whether all are deleted, as the run is to be replaced.
     """
     last = None if resumed_from is None else _step_of(Path(resumed_from))
     for step, folder in checkpoint_folders(output).items():
-        if not is_complete(folder) or (last is not None and step > last):
+        if all_of_them or not is_complete(folder) or (last is not None and step > last):
             _delete(folder)
     # Earlier versions wrote checkpoints in a folder "unfinished".
     for name in (DELETED, "unfinished"):
@@ -221,7 +238,8 @@ def find_checkpoint(output: Path, resume: bool) -> str | None:
     folders = checkpoint_folders(output)
     if folders and not resume:
         raise ValueError(
-            f"{output} holds {folders[max(folders)].name}; pass --resume to continue, or choose another folder."
+            f"{output} holds {folders[max(folders)].name}; pass --resume to continue, --overwrite to replace the run, "
+            "or choose another folder."
         )
     for step in sorted(folders, reverse=True):
         fault = "is incomplete" if not is_complete(folders[step]) else None
