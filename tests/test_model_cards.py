@@ -4,12 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard, metadata_load
 
 from depict_hf import DepictConfig
+from depict_hf.hub import render_card
+from depict_hf.hub.claims import unbacked_claims
 from depict_hf.loading import DEFAULT_MODEL
+from training import cards as cards_command
 from training.evaluation.records import percent, render_table
 from training.evidence import robustness_card, white_box_card
 from training.evidence.comparison_report import with_deviation
+from training.evidence.model_cards import card_folders, paper_model_names, paper_records, render_index
+from training.evidence.paper import PAPER_ROWS
 from training.evidence.rehearsal_table import render_rehearsals
 from training.recipes import RECIPES
 
@@ -17,6 +23,68 @@ ROOT = Path(__file__).parents[1]
 CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/evaluation.json"))
 REHEARSALS = sorted((ROOT / "model_cards" / "rehearsals").glob("*.json"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+RENDERED = [*card_folders(ROOT / "model_cards"), DEFAULT_MODEL]
+
+
+@pytest.mark.parametrize("folder", RENDERED, ids=lambda folder: folder.name)
+def test_cards_are_rendered_from_what_lies_beside_them(folder):
+    """`python -m training.cards model_cards depict_hf/default_model` brings them up to date."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert text == render_card(folder)
+    assert unbacked_claims(text, folder) == []
+    card = ModelCard(text)
+    assert card.data.license and card.data.library_name == "transformers"
+    assert metadata_load(folder / "README.md")["pipeline_tag"] == "image-segmentation"
+    claimed = [(each.metric_type, each.metric_value, each.dataset_split) for each in card.data.eval_results or ()]
+    paths = [*folder.glob("evaluation.json"), *sorted(folder.glob("evaluation_*.json"))]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    kinds = ("mean_iou", "mean_accuracy", "overall_accuracy")
+    assert claimed == [(kind, round(100 * each[kind], 2), each["split"]) for each in records for kind in kinds]
+
+
+@pytest.mark.parametrize("name", paper_model_names())
+def test_cards_of_the_papers_models_are_of_their_recipes(name):
+    folder = ROOT / "model_cards" / name
+    found = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+    assert found == json.loads(json.dumps(paper_records(name)))
+
+
+def test_the_papers_figures_stand_on_its_cards_alone_and_as_its():
+    """Each figure of DEPICT in `PAPER_ROWS` on one card, in a table that says whose it is, and never as measured."""
+    figures = {}
+    for name in paper_model_names():
+        text = (ROOT / "model_cards" / name / "README.md").read_text(encoding="utf-8")
+        assert "model-index" not in text and "## Results" not in text
+        section = text.partition("## The paper's figures\n")[2].partition("\n## ")[0]
+        if section:
+            assert "mIoU, the paper's |" in section and "not measured here" in section
+            figures[name] = [line.split("|")[2].strip() for line in section.splitlines() if line.startswith("| ")][2:]
+    expected = {
+        (row.dataset, f"{row.single_scale:.1f}", f"{row.multi_scale:.1f}")
+        for row in PAPER_ROWS
+        if row.decoder_type == "sa"
+    }
+    datasets = ("ade20k", "cityscapes", "pascal_context")
+    assert {(next(each for each in datasets if name.startswith(each)), *each) for name, each in figures.items()} == (
+        expected
+    )
+
+
+def test_the_index_lists_every_card():
+    text = (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8")
+    assert text == render_index(ROOT / "model_cards")
+    assert all(f"({folder.name}/README.md)" in text for folder in card_folders(ROOT / "model_cards"))
+
+
+def test_the_command_writes_a_card(tmp_path, capsys):
+    (tmp_path / "card.json").write_text('{"title": "Mine", "summary": "A model."}')
+    assert cards_command.main([str(tmp_path)]) == 0
+    assert "# Mine\n\nA model.\n" in (tmp_path / "README.md").read_text()
+    (tmp_path / "evaluation.json").write_text("{")
+    assert cards_command.main([str(tmp_path)]) == 1
+    assert "evaluation.json is no JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
@@ -53,7 +121,7 @@ def test_the_default_model_is_calibrated_as_its_card_says():
         assert figures["temperature"] == temperature
         error, area = figures["expected_calibration_error"], figures["risk_coverage"]["area"]
         cells = (
-            f"{record['split']}, {record['num_images']} frames",
+            f"{record['split']}, {record['num_images']} images",
             f"{temperature:g}",
             percent(error).strip(),
             f"{figures['negative_log_likelihood']:.4f}",

@@ -60,11 +60,17 @@ ELSEWHERE = {
 
 
 def blocks() -> list:
-    """Language and text of every block, and whether it is its page's first, as parameters."""
-    found = []
+    """Language and text of every block, and whether it is its page's first, as parameters.
+
+    What stands alike on several cards of models, which one template writes, runs once.
+    """
+    found, seen = [], set()
     for page in PAGES:
         name = page.relative_to(ROOT)
         for index, (language, text) in enumerate(BLOCKS.findall(page.read_text(encoding="utf-8"))):
+            if name.parts[0] == "model_cards" and (language, text) in seen:
+                continue
+            seen.add((language, text))
             number = f"{name.parent.name or 'README'}-{index}-{language}"
             found.append(pytest.param(language, text, index == 0, id=number))
     return found

@@ -37,6 +37,7 @@ RESULTS = {
     "white_box": "of `python -m training.white_box --card`",
     "cost": "estimated cost of training, of `training.evidence.costs`",
     "published": "the paper's figures, which are not measured here",
+    "earlier": "figures whose runs left no record of their own, with their origin",
     "conversion": "what `depict convert` read and found",
 }
 _DECODERS = {

@@ -177,14 +177,15 @@ def data_and_licence(records: "Records") -> list[str]:
 def _texts(records: "Records", section: str) -> list[str]:
     """Paragraphs and tables that `card.json` adds to a section, each after an empty line.
 
-    A table says `header`, `rows` and `source`: where its figures come from.
+    A table says its `text` and `header`; its rows are those of this name (`rows`) in `earlier.json`, which holds what
+    was measured without a record of its own.
     """
-    lines = []
+    lines: list[str] = []
     for each in records.get("card").get("more", {}).get(section, ()):
         if isinstance(each, str):
             lines += ["", each]
         else:
-            lines += ["", each["text"], "", *pipe_table(each["header"], each["rows"])]
+            lines += ["", each["text"], "", *pipe_table(each["header"], records.get("earlier")[each["rows"]])]
     return lines
 
 

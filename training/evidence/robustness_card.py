@@ -20,7 +20,7 @@ def write_card(record: dict, folder: Path) -> None:
     Raises:
         ImportError: If matplotlib is missing; all but the figure is written by then.
     """
-    write_json(record, folder / RECORD_NAME, indent=1)
+    write_json(record | {"verdict": verdict(record)}, folder / RECORD_NAME, indent=1)
     write_whole(render_card(record), folder / "README.md")
     plot_card(record, folder / FIGURE_NAME)
 

@@ -28,7 +28,10 @@ def write_card(record: dict, folder: Path) -> None:
     Raises:
         ImportError: If matplotlib is missing; all but the figure is written by then.
     """
-    write_json(record, folder / RECORD_NAME, indent=0)
+    verdicts = {
+        name: {claim: each["verdict"] for claim, each in judge(record, name).items()} for name in record["groups"]
+    }
+    write_json(record | {"verdicts": verdicts}, folder / RECORD_NAME, indent=0)
     write_whole(render_card(record), folder / "README.md")
     plot_card(record, folder / FIGURE_NAME)
 

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from huggingface_hub import ModelCard
 
+from depict_hf.hub.claims import unbacked_claims
 from training.evaluation import write_card
+from training.evaluation.card import render_card
 from training.evaluation.records import render_table
 
 
@@ -73,3 +76,38 @@ def test_several_scales_and_a_note(tmp_path):
 def test_records_are_needed(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"recipe\.json"):
         write_card(tmp_path)
+
+
+def test_sections_come_and_go_with_their_records(tmp_path):
+    """Fails if a card has an empty section, or hides a record that lies beside it."""
+
+    def sections() -> list[str]:
+        return [line[3:] for line in render_card(tmp_path).splitlines() if line.startswith("## ")]
+
+    record = records(tmp_path)
+    assert sections() == ["Use", "Classes", "Results", "Training", "Citation"]
+    record |= {"images_per_second": 4.0, "peak_memory_bytes": {"resident": 2e9, "cuda": None}}
+    record["corruptions"] = [{"corruption": "fog", "severity": 3, "mean_iou": 0.25, "retention": 0.5}]
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    (tmp_path / "robustness.json").write_text(json.dumps({"verdict": "Nothing breaks."}))
+    (tmp_path / "white_box.json").write_text(json.dumps({"verdicts": {"a": {"rates": "holds"}, "b": {"rates": "-"}}}))
+    (tmp_path / "worst.png").write_bytes(b"")
+    (tmp_path / "card.json").write_text(
+        json.dumps({"license": "mit", "data": ["Of my own."], "dataset": {"type": "a/b"}})
+    )
+    text = render_card(tmp_path)
+    expected = ["Use", "Classes", "Results", "Robustness", "White box", "Cost", "Limits", "Training"]
+    assert sections() == [*expected, "Data and licence", "Citation"]
+    for line in (
+        "2: road, sky.",
+        "| fog, severity 3 | 25.00 | 50.00 |",
+        "Nothing breaks. `robustness.json` is the record.",
+        "| rates | holds | - |",
+        "| float32 | 4 | 2.00 | CPU, ? threads |",
+    ):
+        assert line in text.splitlines()
+    assert "](worst.png)" in text and "Of my own." in text
+    [result, *_] = ModelCard(text).data.eval_results
+    assert (result.task_type, result.dataset_type, result.metric_type) == ("image-segmentation", "a/b", "mean_iou")
+    assert result.metric_value == 45.67 and ModelCard(text).data.license == "mit"
+    assert unbacked_claims(text, tmp_path) == []
