@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import free_port, needs_gradio, save_model, tiny_model
 
+import depict_hf.demo
 from depict_hf import DepictImageProcessor, options, segment
 from depict_hf.cli import main
 from depict_hf.demo import Choices, Demo, write_space
@@ -281,6 +282,7 @@ except ImportError as error:
 def test_the_command_says_that_gradio_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "depict_hf.demo.page", raising=False)
+    monkeypatch.delattr(depict_hf.demo, "page", raising=False)
     assert main(["demo"]) == 2
     assert capsys.readouterr().err == "depict: The demo's page needs Gradio: pip install 'depict-hf[demo]'\n"
 
@@ -294,6 +296,12 @@ def test_gradio_installs_beside_this_package():
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     ours = packaging.Requirement(re.search(r'"(pillow.*?)"', text)[1]).specifier
     assert list((theirs & ours).filter(f"12.{minor}.0" for minor in range(10)))
+
+
+def test_a_space_installs_a_gradio_that_the_extra_takes():
+    packaging = pytest.importorskip("packaging.requirements", reason="packaging is not installed")
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert GRADIO in packaging.Requirement(re.search(r'"(gradio[<>=].*?)"', text)[1]).specifier
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import PIL.Image
 import pytest
 from conftest import faint_texts, free_port, needs_browser, needs_gradio, save_model, set_screen
 
+from depict_hf.cli import main
 from depict_hf.demo import Choices, Demo
 from depict_hf.inference import segment
 
@@ -79,7 +81,7 @@ def opened(browser, served):
         browser.get_log("browser")
         browser.get(served.address)
         until(lambda: browser.find_elements("css selector", "#photograph input[type=file]"))
-        until(lambda: "Drop, paste" in text(browser, "#message"))
+        until(lambda: "Drop, paste" in said(browser, "message"))
 
     yield open_page
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -103,6 +105,16 @@ def text(browser, selector: str) -> str:
     return browser.execute_script(script, selector)
 
 
+def said(browser, element_id: str) -> str:
+    """The lines in one of the page's places for them, where Gradio also lays its progress over."""
+    return text(browser, f"#{element_id} .lines")
+
+
+def visible(browser, selector: str):
+    """The element, as soon as it can be seen; Gradio makes what is folded away when it is opened."""
+    return until(lambda: [each for each in browser.find_elements("css selector", selector) if each.is_displayed()])[0]
+
+
 def drawn(browser) -> str | None:
     """The number of the photograph that is drawn, None where there is none."""
     return browser.execute_script("return document.querySelector('[data-shown]')?.dataset.shown")
@@ -111,11 +123,8 @@ def drawn(browser) -> str | None:
 def upload(browser, path: Path) -> None:
     """Choose a photograph, and wait until its classes are drawn."""
     before = drawn(browser)
-    if clear := browser.find_elements("css selector", "#photograph button[aria-label='Clear']"):
-        clear[0].click()
-        until(lambda: drawn(browser) is None)
     until(lambda: browser.find_elements("css selector", "#photograph input[type=file]"))[0].send_keys(str(path))
-    until(lambda: drawn(browser) not in (None, before) and path.name in text(browser, "#message"))
+    until(lambda: drawn(browser) not in (None, before) and path.name in said(browser, "message"))
 
 
 def click_at(browser, x: int, y: int, size: tuple[int, int]) -> str:
@@ -129,10 +138,9 @@ def click_at(browser, x: int, y: int, size: tuple[int, int]) -> str:
         round(((at + 0.5) / side - 0.5) * box[name])
         for at, side, name in ((x, size[0], "width"), (y, size[1], "height"))
     ]
-    before = text(browser, "#reading")
+    before = said(browser, "reading")
     ActionChains(browser, duration=0).move_to_element_with_offset(picture, *offset).click().perform()
-    until(lambda: text(browser, "#reading") not in ("", before))
-    return text(browser, "#reading")
+    return until(lambda: (line := said(browser, "reading")) != before and line.endswith(")") and line)
 
 
 def place(sentence: str) -> tuple[int, int]:
@@ -159,13 +167,13 @@ def test_a_click_says_what_segment_says(opened, browser, served, photos):
     [expected] = segment(demo.model, demo.image_processor, [photos[0]], return_confidence=True)
     answer = demo.answer(photos[0])
     for pixel in ((20, 10), (140, 90), (75, 30)):
-        said = click_at(browser, *pixel, (150, 100))
-        x, y = place(said)
+        line = click_at(browser, *pixel, (150, 100))
+        x, y = place(line)
         assert abs(x - pixel[0]) <= 1 and abs(y - pixel[1]) <= 1
         label, confidence = NAMES[expected.labels[y, x]], float(expected.confidence[y, x])
-        assert said.startswith(f"{label}, {100 * confidence:.1f} %; next would be ")
-        assert said == answer.read(x, y).sentence()
-    assert f"mean confidence {100 * expected.confidence.mean():.1f} %" in text(browser, "#message")
+        assert line.startswith(f"{label}, {100 * confidence:.1f} %; next would be ")
+        assert line == answer.read(x, y).sentence()
+    assert f"mean confidence {100 * expected.confidence.mean():.1f} %" in said(browser, "message")
 
 
 def test_legend_switches_and_opacity(opened, browser, served, photos):
@@ -228,9 +236,8 @@ def test_choices_count(opened, browser, served, photos):
     opened()
     upload(browser, photos[0])
     browser.find_element("css selector", "#choices button").click()
-    until(lambda: browser.find_element("css selector", "#sizes input[value=three]").is_displayed())
-    browser.find_element("css selector", "#sizes input[value=three]").click()
-    field = browser.find_element("css selector", "#overlap input[type=number]")
+    visible(browser, "#sizes input[value=three]").click()
+    field = visible(browser, "#overlap input[type=number]")
     field.clear()
     field.send_keys("0\t")
     before = drawn(browser)
@@ -261,11 +268,20 @@ def test_bad_files_get_a_line_and_the_next_one_works(kind, opened, browser, phot
     path, words = bad(kind, tmp_path)
     opened()
     browser.find_element("css selector", "#photograph input[type=file]").send_keys(str(path))
-    until(lambda: path.name in text(browser, "#message"))
-    message = text(browser, "#message")
+    until(lambda: path.name in said(browser, "message"))
+    message = said(browser, "message")
     assert words in message and "\n" not in message and "Traceback" not in message
     assert drawn(browser) is None
     upload(browser, photos[0])
+
+
+def test_a_removed_photograph_takes_everything_with_it(opened, browser, photos):
+    opened()
+    upload(browser, photos[0])
+    click_at(browser, 20, 20, (150, 100))
+    browser.find_element("css selector", "#photograph button[aria-label='Remove Image']").click()
+    until(lambda: drawn(browser) is None and "Drop, paste" in said(browser, "message"))
+    assert said(browser, "reading") == "" and not browser.find_element("css selector", "canvas.picture").is_displayed()
 
 
 def test_two_visitors_at_once(opened, browser, served, photos):
@@ -280,13 +296,13 @@ def test_two_visitors_at_once(opened, browser, served, photos):
         browser.find_element("css selector", "#photograph input[type=file]").send_keys(str(photos[1]))
         for window, path in ((first, photos[0]), (second, photos[1])):
             browser.switch_to.window(window)
-            until(lambda path=path: drawn(browser) and path.name in text(browser, "#message"))
+            until(lambda path=path: drawn(browser) and path.name in said(browser, "message"))
         answers = [served.demo.answer(path) for path in photos]
         for pixel in ((11, 13), (60, 70)):
             for window, answer in ((first, answers[0]), (second, answers[1])):
                 browser.switch_to.window(window)
-                said = click_at(browser, *pixel, (answer.record["width"], answer.record["height"]))
-                assert said == answer.read(*place(said)).sentence()
+                line = click_at(browser, *pixel, (answer.record["width"], answer.record["height"]))
+                assert line == answer.read(*place(line)).sentence()
     finally:
         browser.switch_to.window(second)
         browser.close()
@@ -302,7 +318,7 @@ def test_a_pasted_photograph_is_taken(opened, browser, photos):
     document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));"""
     browser.execute_script(script, base64.b64encode(photos[1].read_bytes()).decode())
     until(lambda: drawn(browser))
-    assert "pasted.png: 80 x 120 pixels" in text(browser, "#message")
+    assert "pasted.png: 80 x 120 pixels" in said(browser, "message")
 
 
 def test_keys_are_enough(opened, browser, served, photos):
@@ -329,10 +345,10 @@ def test_keys_are_enough(opened, browser, served, photos):
         raise AssertionError("Tab does not reach the picture.")
     assert drawn(browser) != before
     press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_UP)
-    until(lambda: text(browser, "#reading").endswith("(x 83, y 46)"))
+    until(lambda: said(browser, "reading").endswith("(x 83, y 46)"))
     ActionChains(browser, duration=0).key_down(Keys.SHIFT).send_keys(Keys.ARROW_LEFT).key_up(Keys.SHIFT).perform()
-    until(lambda: text(browser, "#reading").endswith("(x 82, y 46)"))
-    assert text(browser, "#reading") == served.demo.answer(photos[0]).read(82, 46).sentence()
+    until(lambda: said(browser, "reading").endswith("(x 82, y 46)"))
+    assert said(browser, "reading") == served.demo.answer(photos[0]).read(82, 46).sentence()
     seen = set()
     for _ in range(12):
         press(browser, Keys.TAB)
@@ -347,8 +363,7 @@ def test_the_explanation_opens_at_the_pixel_read(opened, browser, served, photos
     next(
         each for each in browser.find_elements("css selector", "button[role=tab]") if each.text == "Explanation"
     ).click()
-    until(lambda: browser.find_element("id", "explain").is_displayed())
-    browser.find_element("id", "explain").click()
+    visible(browser, "#explain").click()
     frame = until(lambda: browser.find_elements("css selector", "#explanation iframe"))[0]
     assert frame.get_attribute("srcdoc") == served.demo.explanation(photos[0], at=(x, y))
     browser.switch_to.frame(frame)
@@ -370,6 +385,22 @@ def test_nothing_is_cut_off_and_words_stand_out(width, theme, opened, browser, p
     click_at(browser, 20, 20, (150, 100))
     assert browser.execute_script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert faint_texts(browser) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(["--port", "TAKEN"], "use"), (["--port", "99999"], "port"), (["--host", "192.0.2.1"], "address")],
+)
+def test_addresses_that_cannot_be_had_cost_a_line(options, reason, served, capsys):
+    """Before the model is loaded, which here would fail."""
+    taken = served.address.rsplit(":", 1)[1].strip("/")
+    arguments = [each.replace("TAKEN", taken) for each in options]
+    assert main(["demo", "--model", "nothing/like/this", *arguments]) == 2
+    found = capsys.readouterr().err
+    assert re.fullmatch(
+        r"depict: Cannot listen at [\d.]+, port \d+ \(.*\); choose another by --host or --port.\n", found
+    )
+    assert reason in found
 
 
 def test_the_server_keeps_to_itself(served, tmp_path):

@@ -13,6 +13,8 @@ MODULES = [
     "depict_hf.analysis",
     "depict_hf.conversion",
     "depict_hf.decoders",
+    "depict_hf.demo.answers",
+    "depict_hf.demo.space",
     "depict_hf.explain",
     "depict_hf.export",
     "depict_hf.formats",

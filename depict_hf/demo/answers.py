@@ -120,8 +120,11 @@ class Answer:
     record: dict[str, Any]
 
     @torch.inference_mode()
-    def read(self, x: int, y: int) -> Reading:
+    def read(self, x: Any, y: Any) -> Reading:
         """Read one pixel of the photograph.
+
+        Args:
+            x, y: Whole numbers, from the left and from the top; whatever else a browser sends is refused.
 
         Raises:
             ValueError: If there is no such pixel.

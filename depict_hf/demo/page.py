@@ -1,6 +1,7 @@
 """The page of `depict demo`, made with Gradio."""
 
 import os
+import socket
 import tempfile
 import threading
 from importlib.resources import files
@@ -72,7 +73,7 @@ def build_page(demo: Demo) -> gr.Blocks:
                         visible=demo.overlap is not None,
                         elem_id="overlap",
                     )
-                again = gr.Button("Segment again", variant="primary", elem_id="again")
+                again = gr.Button("Segment", variant="primary", elem_id="again")
             with gr.Column(scale=3, min_width=320):
                 message = _lines(_EMPTY, "message")
                 with gr.Tabs():
@@ -98,7 +99,10 @@ def build_page(demo: Demo) -> gr.Blocks:
             """The line for a pixel, and the pixel."""
             if found is None:
                 return [["warning", "This was too long ago: segment the photograph again."]], None
-            pixel = found.read(event.x, event.y)
+            try:
+                pixel = found.read(getattr(event, "x", None), getattr(event, "y", None))
+            except ValueError as error:
+                return [["problem", str(error)]], None
             return [["reading", pixel.sentence()]], (pixel.x, pixel.y)
 
         def tell(path: str | None, overlap: float, at: tuple[int, int] | None) -> tuple:
@@ -135,8 +139,9 @@ def serve(
         max_photo_pixels: Pixels that a photograph's file may declare, `answers.MAX_PHOTO_PIXELS` by default.
 
     Raises:
-        ValueError, OSError: If the model cannot be loaded, or the port is taken.
+        ValueError, OSError: If the address cannot be listened at, or the model not be loaded.
     """
+    _check_address(host or "127.0.0.1", port or 0)
     demo = Demo.load(model, device, max_photo_pixels)
     allowed_pixels(demo.max_photo_pixels)
     with tempfile.TemporaryDirectory(prefix="depict_demo_") as folder:
@@ -162,6 +167,17 @@ def serve(
             threading.Event().wait()
         finally:
             page.close(verbose=False)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse, before a model is loaded, an address that is taken or not this machine's."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"Cannot listen at {host}, port {port} ({reason}); choose another by --host or --port."
+        ) from error
 
 
 # Gradio's accent colour has no value of its own for dark pages.
