@@ -205,7 +205,7 @@ def push_model(args: argparse.Namespace) -> int:
     """
     from .hub import prepared, upload
 
-    with prepared(args.folder) as ready:
+    with prepared(args.folder, repository=args.repository) as ready:
         if args.dry_run:
             print(ready.report())
             return 0

@@ -334,6 +334,7 @@ def test_a_dry_run_sends_nothing(server, session, folders):
     size = (folders[1] / "model.safetensors").stat().st_size
     assert f"{size:,}  model.safetensors" in answer["out"] and "\n# second\n" in answer["out"]
     assert "note: the card names no licence" in answer["out"]
+    assert 'model="me/dry", trust_remote_code=True' in answer["out"]
     assert "5: sky, road, car, tree, sign." in answer["out"]
 
 

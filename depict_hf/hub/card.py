@@ -74,12 +74,13 @@ class Records(NamedTuple):
         return self.found.get(name) or {}
 
 
-def render_card(folder: str | Path, note: str | None = None) -> str:
+def render_card(folder: str | Path, note: str | None = None, name: str | None = None) -> str:
     """Write a card from the files in a model's folder; see `RESULTS`.
 
     Args:
         folder: Of a model, or one of `model_cards/`.
         note: A paragraph that comes first.
+        name: What the model is loaded by; "FOLDER_OR_NAME" where that is not known yet.
 
     Returns:
         Markdown with metadata, among them `model-index` of what was measured.
@@ -92,7 +93,7 @@ def render_card(folder: str | Path, note: str | None = None) -> str:
     records = read_records(folder)
     title = _title(folder, records)
     sections: dict[str, Callable[[Any], list[str]]] = {
-        "Use": _use,
+        "Use": lambda found: _use(found, name or "FOLDER_OR_NAME"),
         "Classes": _classes,
         "Results": results,
         "The paper's figures": published,
@@ -108,9 +109,9 @@ def render_card(folder: str | Path, note: str | None = None) -> str:
     }
     lines = ["---", *_metadata(title, records), "---", "", f"# {title}", "", *([note, ""] if note else [])]
     lines += [_summary(records)]
-    for name, section in sections.items():
+    for heading, section in sections.items():
         written = section(records)
-        lines += ["", f"## {name}", "", *written] if written else []
+        lines += ["", f"## {heading}", "", *written] if written else []
     return "\n".join(lines) + "\n"
 
 
@@ -202,7 +203,7 @@ def _summary(records: Records) -> str:
     )
 
 
-def _use(records: Records) -> list[str]:
+def _use(records: Records, name: str) -> list[str]:
     card = records.get("card")
     if "use" in card:
         return list(card["use"])
@@ -210,7 +211,7 @@ def _use(records: Records) -> list[str]:
         "```python",
         "from transformers import pipeline",
         "",
-        'segmenter = pipeline("image-segmentation", model="FOLDER_OR_NAME", trust_remote_code=True)',
+        f'segmenter = pipeline("image-segmentation", model="{name}", trust_remote_code=True)',
         'for found in segmenter("photo.jpg"):',
         '    print(found["label"], found["mask"].getbbox())',
         "```",
@@ -219,7 +220,7 @@ def _use(records: Records) -> list[str]:
         "`import depict_hf` takes its place, and there is",
         "",
         "```sh",
-        "depict segment photo.jpg --model FOLDER_OR_NAME",
+        f"depict segment photo.jpg --model {name}",
         "```",
     ]
 

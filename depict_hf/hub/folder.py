@@ -84,7 +84,7 @@ class Prepared:
 
 
 @contextmanager
-def prepared(folder: str | Path, note: str | None = None) -> Iterator[Prepared]:
+def prepared(folder: str | Path, note: str | None = None, repository: str | None = None) -> Iterator[Prepared]:
     """Check a model's folder, and have what of it travels ready for `upload` while the context lasts.
 
     The folder itself stays as it is. Weights, settings, card, licence, result files and pictures travel as they are;
@@ -94,6 +94,7 @@ def prepared(folder: str | Path, note: str | None = None) -> Iterator[Prepared]:
     Args:
         folder: Folder of a model, or "default".
         note: A paragraph for a rendered card.
+        repository: Where it will go, for a rendered card.
 
     Raises:
         OSError: If a file cannot be read.
@@ -118,9 +119,9 @@ def prepared(folder: str | Path, note: str | None = None) -> Iterator[Prepared]:
         if card_path.is_file():
             card = card_path.read_text(encoding="utf-8")
         else:
-            card = render_card(staged, note)
+            card = render_card(staged, note, repository)
             card_path.write_text(card, encoding="utf-8")
-            notes.append("there is no README.md, so that the card below was rendered from the files")
+            notes.append("there is no README.md, so that a card is rendered from the files")
         if not split_card(card)[0].get("license"):
             notes.append("the card names no licence (license: in its first lines), without which nobody may use it")
         _check_claims(card, staged, source)

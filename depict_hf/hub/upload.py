@@ -42,7 +42,7 @@ def push(
     note: str | None = None,
 ) -> str:
     """Check a model's folder and upload it in one commit: see `prepared` and `upload`, which this is both of."""
-    with prepared(folder, note) as ready:
+    with prepared(folder, note, repository) as ready:
         return upload(ready, repository, private=private, revision=revision, tag=tag, overwrite=overwrite)
 
 
