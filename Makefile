@@ -1,7 +1,7 @@
 # Shorthands for the README's commands.
 PYTHON ?= python3
 
-.PHONY: setup segment test lint fuzz gpu
+.PHONY: setup segment test test-lowest lint fuzz gpu
 
 setup: .venv/bin/depict
 
@@ -16,6 +16,20 @@ segment: setup
 
 test: setup
 	.venv/bin/pytest
+
+# The oldest releases that are supported, on the oldest Python that they support.
+PYTHON_LOWEST ?= python3.10
+LOWEST = torch==2.8.0 torchvision==0.23.0 transformers==5.20.2 datasets==4.0.0 evaluate==0.4.3 accelerate==1.1.0 \
+	safetensors==0.8.0 pillow==10.1.0 pyyaml==6.0
+
+.venv-lowest/bin/depict: pyproject.toml
+	$(PYTHON_LOWEST) -m venv .venv-lowest
+	.venv-lowest/bin/pip install $(LOWEST)
+	.venv-lowest/bin/pip install $(LOWEST) -e ".[test]"
+	touch $@
+
+test-lowest: .venv-lowest/bin/depict
+	.venv-lowest/bin/pytest
 
 lint: setup
 	.venv/bin/ruff check .

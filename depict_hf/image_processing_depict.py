@@ -7,11 +7,18 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.v2.functional as tvF
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import group_images_by_shape, reorder_images
-from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling, SizeDict
+from transformers.image_utils import (
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+)
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
@@ -198,7 +205,11 @@ class DepictImageProcessor(TorchvisionBackend):
             image = to_tensor(image)
         if isinstance(image, torch.Tensor):
             image = _to_8_bits(image)
-        return super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs)
+            if image.ndim == 3 and input_data_format is None:
+                input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+        # Releases of transformers differ in whether they convert tensors, and how.
+        image = super().process_image(image, False, input_data_format, device, **kwargs)
+        return _to_rgb(image) if do_convert_rgb else image
 
     def post_process_semantic_segmentation(
         self,
@@ -338,6 +349,21 @@ def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
             'pass one image at a time, or set size={"height": ..., "width": ...}, or leave return_tensors out.'
         )
     return torch.stack(tensors)
+
+
+def _to_rgb(image: torch.Tensor) -> torch.Tensor:
+    """Repeat the channel of a grey image, and lay a transparent one over white; `(channels, height, width)`."""
+    if len(image) == 1:
+        return image.expand(3, -1, -1)
+    if len(image) != 4:
+        return image
+    if image.is_floating_point() and (image.min() < 0 or image.max() > 1):
+        raise ValueError(
+            f"Got a transparent image of {image.dtype} with values from {image.min().item()} to {image.max().item()}, "
+            "needed 0 to 1; rescale it, or pass uint8."
+        )
+    *colors, alpha = tvF.to_dtype(image, torch.float32, scale=True)
+    return tvF.to_dtype(torch.stack(colors) * alpha + (1 - alpha), image.dtype, scale=True)
 
 
 def _to_8_bits(image: torch.Tensor) -> torch.Tensor:

@@ -56,10 +56,13 @@ def test_uint8_is_resized_rounded_then_normalised(size, expected, antialias):
     )
     mean = torch.tensor([0.1, 0.2, 0.3])
     reference = (resized.round() / 255 - mean.view(3, 1, 1)) / 0.5
+    decided = (resized - resized.floor() - 0.5).abs() > 1e-4  # between two grey levels, releases of torch differ
+    assert decided.float().mean() > 0.99
     processor = DepictImageProcessor(do_antialias=antialias, image_mean=mean.tolist(), image_std=[0.5] * 3)
     for image in (PIL.Image.fromarray(PHOTO), PHOTO, photo):
         result = processor(image, size=size, return_tensors="pt")["pixel_values"]
-        torch.testing.assert_close(result, reference, rtol=0, atol=1e-5)  # a grey level is 0.008
+        torch.testing.assert_close(result[decided], reference[decided], rtol=0, atol=1e-5)  # a grey level is 0.008
+        torch.testing.assert_close(result, reference, rtol=0, atol=0.008)
     assert processor.resize_size(37, 53, size) == expected
     assert processor.resize_size(37, 53) == (512, 733)
 
@@ -77,7 +80,7 @@ def test_other_filters_do_not_wrap_where_they_overshoot(resample):
     image[:, 6:] = 255
     settings = {**UNTOUCHED, "do_resize": True, "resample": resample, "size": 18}
     (result,) = DepictImageProcessor(**settings)(image)["pixel_values"]
-    assert torch.equal(result > 127, torch.arange(24).ge(12).expand(3, 18, 24))
+    assert torch.equal(result > 127, torch.arange(24).ge(12).expand(3, 18, 24).contiguous())
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,8 @@ def test_other_filters_do_not_wrap_where_they_overshoot(resample):
     ],
 )
 def test_grey_and_16_bit_photographs_become_8_bit_rgb(image):
-    assert torch.equal(pixels_of(image), torch.from_numpy(GREY).expand(3, -1, -1))
+    # Contiguous, since torch.equal of torch 2.8 takes expanded tensors for different ones.
+    assert torch.equal(pixels_of(image), torch.from_numpy(GREY).expand(3, -1, -1).contiguous())
     assert pixels_of(np.array([[128, 129, 65535]], dtype=np.uint16))[0].tolist() == [[0, 1, 255]]  # rounded
 
 

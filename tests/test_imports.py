@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -294,3 +295,14 @@ def test_the_linter_knows_the_direction_of_imports(file, line, rule):
     )
     assert result.returncode == (0 if rule is None else 1), result.stdout + result.stderr
     assert rule is None or rule in result.stdout
+
+
+def test_imports_cost_what_transformers_and_torch_cost():
+    """Fails if a module of ours does work when it is imported. Counted are seconds in each module itself."""
+    code = "from depict_hf import default_model, segment"
+    command = [sys.executable, "-X", "importtime", "-c", code]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    times = re.findall(r"^import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)$", text, re.MULTILINE)
+    own = sum(int(time) for time, name in times if name.split(".")[0] == "depict_hf")
+    assert {"torch", "transformers", "depict_hf.modeling_depict"} <= {name for _, name in times}
+    assert own < 0.1 * sum(int(time) for time, _ in times)

@@ -82,3 +82,16 @@ def test_installed_package_works_from_an_empty_folder(options, tmp_path):
         assert "usage:" in run(python, "-m", f"depict_hf.training.{command}", "--help", folder=empty)
     assert "learning_rate" in run(python, "-m", "depict_hf.training.recipes", "ade20k_vit_tiny_sa", folder=empty)
     assert "segment" in run(environment / "bin" / "depict", "--help", folder=empty)
+
+
+def test_what_is_shipped_stays_small():
+    """Fails if something large lands in the package; the model that is shipped is counted apart."""
+    packages = [REPOSITORY / "depict_hf", REPOSITORY / "training"]
+    files = [path for package in packages for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    sizes = {path: path.stat().st_size for path in files}
+    model = sum(size for path, size in sizes.items() if "default_model" in path.parts)
+    assert model < 50e6
+    assert sum(sizes.values()) - model < 2.5e6
+    assert [path for path, size in sizes.items() if size > 2**20] == [
+        REPOSITORY / "depict_hf" / "default_model" / "model.safetensors"
+    ]
