@@ -86,7 +86,15 @@ def find_class_names(folder: Path) -> tuple[str, ...] | None:
 def _load(folder: Path, data_files: dict[str, list[str]], streaming: bool):
     try:
         return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=data_files, streaming=streaming)
-    except (AttributeError, LookupError, OSError, TypeError, ValueError, DatasetGenerationError) as error:
+    except (
+        AttributeError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+        yaml.YAMLError,
+        DatasetGenerationError,
+    ) as error:
         reason = one_line(f"{error} {error.__cause__ or ''}")
         raise ValueError(
             f"The metadata in {folder} cannot be used; needed is a file_name in each line, relative to the metadata, "

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
+import yaml
 from datasets.exceptions import DatasetGenerationError
 
 from depict_hf.weight_files import one_line
@@ -53,7 +54,7 @@ def load_dataset_splits(name_or_path: str | Path, streaming: bool = False) -> Sp
         if not folder.is_dir():
             return _named(Splits(datasets.load_dataset(str(name_or_path), streaming=streaming)))
         return _load_folder(folder, streaming)
-    except (RuntimeError, DatasetGenerationError) as error:
+    except (RuntimeError, yaml.YAMLError, DatasetGenerationError) as error:
         # `RuntimeError` for datasets that need a script.
         reason = one_line(f"{error} {error.__cause__ or ''}")
         raise ValueError(
@@ -91,7 +92,15 @@ def _load_folder(folder: Path, streaming: bool) -> Splits:
         raise ValueError(unknown)
     try:
         splits = datasets.load_dataset(str(folder), streaming=streaming)
-    except (AttributeError, LookupError, OSError, TypeError, ValueError, DatasetGenerationError) as error:
+    except (
+        AttributeError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+        yaml.YAMLError,
+        DatasetGenerationError,
+    ) as error:
         raise ValueError(f"{unknown}\n(As a folder in Hub layout it cannot be read: {one_line(error)})") from error
     return _named(Splits(splits, "a folder in Hub layout", find_class_names(folder), folder=folder))
 

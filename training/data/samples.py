@@ -137,7 +137,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
         parts = [self.dataset._fingerprint]
         if self.encoding != LabelEncoding.counted(self.num_labels):
             parts.append(str(self.encoding.classes))
-        if len(self) and self.encoded[0][self.image_column]["bytes"] is None:
+        images = (row[self.image_column] for row in self.encoded)
+        first = next((each for each in images if each is not None), None)
+        if first is not None and first["bytes"] is None:
             for row in self.encoded:
                 for path in (each["path"] for each in row.values() if each is not None and each["path"] is not None):
                     status = os.stat(path) if os.path.isfile(path) else None

@@ -105,7 +105,7 @@ def _keys(dataset: datasets.Dataset, image_column: str, label_column: str, folde
         keys = [_relative(Path(path), folder) for path in paths]
         if len(set(keys)) == len(keys):
             return keys
-    return [content_hash(row[image_column]) for row in encoded]
+    return [content_hash(row[image_column]) if row[image_column] else "" for row in encoded]
 
 
 def _relative(path: Path, folder: Path | None) -> str:
