@@ -81,16 +81,19 @@ def test_threads_that_share_a_model_get_what_one_alone_gets():
             assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def compute_alone() -> None:
+    torch.set_num_threads(1)  # threads of the process that was forked are not there
+
+
 def segment_in_process(index: int) -> list[list[int]]:
     return segment(tiny_model(), DepictImageProcessor(size={"shortest_edge": 32}), [photo(index)])[0].tolist()
 
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")  # of Python 3.12, on forking
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_processes_begin_after_the_import(method):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system cannot {method}")
     expected = [segment_in_process(index) for index in range(3)]
-    # Threads of the process that was forked are not there.
-    with multiprocessing.get_context(method).Pool(2, torch.set_num_threads, (1,)) as processes:
+    with multiprocessing.get_context(method).Pool(2, compute_alone) as processes:
         assert processes.map_async(segment_in_process, range(3)).get(timeout=120) == expected
