@@ -199,8 +199,9 @@ class DepictImageProcessor(TorchvisionBackend):
         """
         if isinstance(image, PIL.Image.Image):
             image = grey_or_colored(image, do_convert_rgb)
-            if image.mode[0] in "IF":  # more than 8 bits, which PIL would clip
-                image = np.array(image)
+            # More than 8 bits would be clipped on the way by PIL.
+            image = np.array(image) if image.mode[0] in "IF" else tvF.pil_to_tensor(image)
+            input_data_format = ChannelDimension.FIRST
         if isinstance(image, np.ndarray):
             image = to_tensor(image)
         if isinstance(image, torch.Tensor):
