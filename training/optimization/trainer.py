@@ -277,8 +277,7 @@ class SegmentationTrainer(transformers.Trainer):
         """Give the model the weights to be used: best or last, averaged, adapters merged into the layers they adapt.
 
         Returns:
-            All weights of a model that the processes share (FSDP), in the main process, in the shapes of the whole
-            model; None otherwise.
+            All weights, in whole shapes, of a model that the processes share (FSDP), in the main process; else None.
 
         Raises:
             ValueError: If the checkpoint with the best weights was damaged.
