@@ -4,6 +4,7 @@ What only a few tests need is imported where it is used: most tests need no data
 """
 
 import shutil
+import signal
 import socket
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,10 @@ import pytest
 import torch
 
 from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImageProcessor
+
+# A shell starts what is to run in the background with SIGINT ignored, which would go on into every test.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DECODER_TYPES = ("sa", "ca", "cbsa", "mask_transformer", "linear")
 CLASSES = ("sky", "road", "tree", "car", "pole")

@@ -106,7 +106,7 @@ def test_wrong_label_maps_are_refused_even_if_unreadable_ones_are_left_out(folde
     assert "Image 2 of split train" in lines[1]
     assert "2.jpg): Got label ids [3], needed 0 to 2, or 255 (ignored)" in lines[1]
     assert "3.jpg): Got a segmentation map of size (6, 4) for an image of size (4, 6)" in lines[2]
-    assert "4.jpg): Got a segmentation map of shape (4, 6, 3)" in lines[3]
+    assert "4.jpg): Got a segmentation map of shape (3, 4, 6) with channels that differ" in lines[3]
     with pytest.raises(ValueError, match=r"(?s)1 of 6 images .* cannot be read.*3 of 6 label maps"):
         open_samples(load_dataset_splits(folder), "train", NAMES)
 
