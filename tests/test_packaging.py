@@ -27,6 +27,8 @@ photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 model, image_processor = depict_hf.default_model()
 [label_map] = depict_hf.segment(model, image_processor, [photo])
 assert label_map.shape == (40, 60)
+demo = Path(depict_hf.__file__).parent / "demo"
+assert (demo / "web" / "viewer.js").is_file() and len(list((demo / "examples").glob("*.jpg"))) == 3
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from depict_hf.training.metrics import MeanIoU
