@@ -8,12 +8,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import Dataset, IterableDataset
 
 from depict_hf.photo_files import shown_lines
 
 # What reading data raises: files, folders and networks; damaged or unsuitable contents.
 READING_ERRORS = (OSError, ValueError)
+# What `datasets.load_dataset` raises of a damaged folder.
+LOADING_ERRORS = (
+    AttributeError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+    yaml.YAMLError,
+    DatasetGenerationError,
+)
 
 
 @contextmanager

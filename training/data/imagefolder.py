@@ -12,10 +12,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
-from datasets.exceptions import DatasetGenerationError
 
 from depict_hf.labels import read_class_names
 from depict_hf.weight_files import one_line
+
+from .failures import LOADING_ERRORS
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CLASS_FILES = ("id2label.json", "classes.txt", "class_names.txt", "labels.txt", "codes.txt")
@@ -86,15 +87,7 @@ def find_class_names(folder: Path) -> tuple[str, ...] | None:
 def _load(folder: Path, data_files: dict[str, list[str]], streaming: bool):
     try:
         return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=data_files, streaming=streaming)
-    except (
-        AttributeError,
-        LookupError,
-        OSError,
-        TypeError,
-        ValueError,
-        yaml.YAMLError,
-        DatasetGenerationError,
-    ) as error:
+    except LOADING_ERRORS as error:
         reason = one_line(f"{error} {error.__cause__ or ''}")
         raise ValueError(
             f"The metadata in {folder} cannot be used; needed is a file_name in each line, relative to the metadata, "

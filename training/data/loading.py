@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from depict_hf.weight_files import one_line
 
-from .failures import plain_errors
+from .failures import LOADING_ERRORS, plain_errors
 from .formats import Tree, describe_unknown, find_format, resolve_colors
 from .imagefolder import find_class_names, find_metadata, load_imagefolder
 from .layouts import Splits, dataset_of_files, find_layout
@@ -92,15 +92,7 @@ def _load_folder(folder: Path, streaming: bool) -> Splits:
         raise ValueError(unknown)
     try:
         splits = datasets.load_dataset(str(folder), streaming=streaming)
-    except (
-        AttributeError,
-        LookupError,
-        OSError,
-        TypeError,
-        ValueError,
-        yaml.YAMLError,
-        DatasetGenerationError,
-    ) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(f"{unknown}\n(As a folder in Hub layout it cannot be read: {one_line(error)})") from error
     return _named(Splits(splits, "a folder in Hub layout", find_class_names(folder), folder=folder))
 
