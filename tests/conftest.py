@@ -3,6 +3,7 @@
 What only a few tests need is imported where it is used: most tests need no dataset.
 """
 
+import os
 import shutil
 import signal
 import socket
@@ -19,6 +20,12 @@ from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImagePr
 # A shell starts what is to run in the background with SIGINT ignored, which would go on into every test.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Processes that share the tests share the cores, with the processes that they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 DECODER_TYPES = ("sa", "ca", "cbsa", "mask_transformer", "linear")
 CLASSES = ("sky", "road", "tree", "car", "pole")
@@ -37,6 +44,14 @@ FIELDS = [
     "precision=float32",
     "cache_features=false",
 ]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many processes share the tests: one for each core, up to four; 0, this one alone, for one module."""
+    modules = {argument.partition("::")[0] for argument in config.args}
+    if len(modules) == 1 and modules.pop().endswith(".py"):
+        return 0
+    return min(4, os.cpu_count() or 1)
 
 
 def tiny_config(decoder_type: str = "sa", **overrides) -> DepictConfig:
