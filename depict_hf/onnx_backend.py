@@ -2,8 +2,9 @@
 
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,10 +40,10 @@ def start_session(path: Path, device: str = "cpu", num_threads: int | None = Non
         num_threads: Threads of one operation on the CPU; by default as many as PyTorch uses.
 
     Raises:
-        ValueError: If ONNX Runtime does not offer the device, or cannot read the file.
-        ImportError: If ONNX Runtime is missing.
+        ValueError: If ONNX Runtime does not offer the device, or cannot read the file, or its weights are not in it.
+        ImportError: If ONNX or ONNX Runtime is missing.
     """
-    require_onnx("onnxruntime")
+    require_onnx("onnx", "onnxruntime")
     import onnxruntime
 
     provider = PROVIDERS.get(device.partition(":")[0])
@@ -52,6 +53,7 @@ def start_session(path: Path, device: str = "cpu", num_threads: int | None = Non
             f"{', '.join(onnxruntime.get_available_providers())}; choose device cpu, or install onnxruntime-gpu for "
             "cuda."
         )
+    _check_weights_inside(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads or torch.get_num_threads()
     try:
@@ -59,6 +61,38 @@ def start_session(path: Path, device: str = "cpu", num_threads: int | None = Non
     # Its exceptions have no common class of their own.
     except Exception as error:
         raise ValueError(f"ONNX Runtime cannot read {path}: {one_line(error)}; export or copy it again.") from error
+
+
+def _check_weights_inside(path: Path) -> None:
+    """Refuse a file that says in which others its weights lie: up to 1.23, ONNX Runtime reads any that it names.
+
+    Raises:
+        ValueError: If it does, or is no ONNX file.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # its classes change with the release of protobuf
+        raise ValueError(f"{path} is no ONNX file: {one_line(error)}; export or copy it again.") from error
+    outside = [each.name for each in _tensors(model) if each.data_location == onnx.TensorProto.EXTERNAL]
+    if outside:
+        raise ValueError(
+            f"{path} has {len(outside)} tensors, such as {one_line(outside[0], 100)}, that lie in other files, needed "
+            "all of them in it, as `depict export` writes it."
+        )
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Find the tensors in a message of ONNX, wherever they are: of graphs within graphs, of functions, sparse ones."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for each in [value] if hasattr(value, "ListFields") else value:
+            if each.DESCRIPTOR.name == "TensorProto":
+                yield each
+            else:
+                yield from _tensors(each)
 
 
 def load_onnx(folder: str | Path, device: str = "cpu", num_threads: int | None = None) -> "OnnxModel":

@@ -268,7 +268,7 @@ def test_folders_and_devices_that_do_not_fit_are_refused(one_window, tmp_path):
     with pytest.raises(ValueError, match=r"does not compute on 'abacus:0', only with .*CPUExecutionProvider"):
         load_onnx(one_window[1], device="abacus:0")
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    with pytest.raises(ValueError, match=r"ONNX Runtime cannot read .*model\.onnx"):
+    with pytest.raises(ValueError, match=r"model\.onnx is no ONNX file"):
         load_onnx(tmp_path)
 
 
@@ -393,4 +393,22 @@ def test_damaged_exports_end_in_one_line(one_window, tmp_path):
     refuse(r"model\.json is not JSON")
     beside.unlink()
     path.write_bytes(whole[:1000])
-    refuse("ONNX Runtime cannot read")
+    refuse(r"model\.onnx is no ONNX file")
+
+
+def test_weights_outside_of_the_file_are_refused(one_window, tmp_path):
+    """ONNX Runtime up to 1.23 reads whatever file a tensor names; also one within a branch of the graph."""
+    (tmp_path / "secret").write_bytes(bytes(16))
+    model = onnx.load(one_window[1] / "model.onnx")
+    tensor = onnx.TensorProto(name="w", dims=[4], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../secret")
+    branch = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["x"])], "branch", [], [], [tensor])
+    node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    shutil.copytree(one_window[1], tmp_path / "copy")
+    (tmp_path / "copy" / "model.json").unlink()
+    for additions in ({"initializer": [tensor]}, {"node": [node]}):
+        changed = copy.deepcopy(model)
+        changed.graph.MergeFrom(onnx.GraphProto(**additions))
+        (tmp_path / "copy" / "model.onnx").write_bytes(changed.SerializeToString())
+        with pytest.raises(ValueError, match=r"has \d tensors, such as w, that lie in other files, needed all"):
+            load_onnx(tmp_path / "copy")

@@ -69,7 +69,7 @@ def test_a_folder_is_whole_or_not_there_at_any_moment(arguments, tmp_path):
     """Fails if anything has its own name before all of it is there, in a new folder or in place of an old one."""
     *before, whole = watched(arguments, tmp_path / "out")
     assert before == [None] and whole
-    old = {name: b"old" for name in whole}
+    old = dict.fromkeys(whole, b"old")
     for name, contents in old.items():
         (tmp_path / "out" / name).write_bytes(contents)
     assert watched([*arguments, "--overwrite"], tmp_path / "out") == [old, whole]
