@@ -17,9 +17,10 @@ from depict_hf import DepictImageProcessor
 from depict_hf.configuration_depict import IGNORE_LABEL
 from depict_hf.inference import MAX_BATCH_PIXELS, score_stream
 from depict_hf.modeling_depict import SegmentationModel
+from depict_hf.photo_files import shown_lines
 from depict_hf.windows import CoarseScores, label_map
 
-from ..data import SegmentationDataset
+from ..data import SegmentationDataset, UnreadableImageError
 from .corruptions import Corruption
 from .measurement import peak_resident_bytes, wait_for
 from .metrics import MeanIoU, scores
@@ -101,7 +102,8 @@ def evaluate(
         )
     indices = spread(len(samples), protocol.max_images)
     watchers = (observers, score_observers)
-    confusion, costs = _count(model, image_processor, samples, indices, protocol, execution, *watchers)
+    confusion, measured = _count(model, image_processor, samples, indices, protocol, execution, *watchers)
+    left_out = sorted(index for each in measured for index in each["left_out"])
     results = scores(confusion)
     return {
         "metric": "mean IoU",
@@ -120,9 +122,9 @@ def evaluate(
         },
         "precision": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "num_images": len(indices),
-        "left_out": list(samples.left_out),
-        **costs,
+        "num_images": len(indices) - len(left_out),
+        "left_out": [*samples.left_out, *(samples.name(index) for index in left_out)],
+        **_costs(measured),
         "environment": started_in,
     }
 
@@ -181,8 +183,8 @@ def _count(
     execution: Execution,
     observers: Sequence[Observer],
     score_observers: Sequence[ScoreObserver],
-) -> tuple[Tensor, dict]:
-    """Confusion matrix over the images of all processes, and what `_costs` says of the run."""
+) -> tuple[Tensor, list[dict]]:
+    """Confusion matrix over the images of all processes, and what each of them measured."""
     state, device = execution.state, model.device
     rank, num_processes = (0, 1) if state is None else (state.process_index, state.num_processes)
     loader = DataLoader(
@@ -197,11 +199,11 @@ def _count(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model_seconds = metric_seconds = 0.0
+    left_out: list[int] = []
     start = time.perf_counter()
-    for batch in tqdm(loader, desc="Evaluation", disable=rank > 0 or not sys.stderr.isatty()):
-        for item in batch:
-            if isinstance(item, ValueError):
-                raise item
+    for items in tqdm(loader, desc="Evaluation", disable=rank > 0 or not sys.stderr.isatty()):
+        batch = [item for item in items if not isinstance(item, _Failure)]
+        left_out += [item.leave_out(samples) for item in items if isinstance(item, _Failure)]
         begin = time.perf_counter()
         photos = [image.permute(1, 2, 0).numpy() for _, image, _ in batch]
         predictions = []
@@ -234,7 +236,8 @@ def _count(
             for observe in observers:
                 observe(index, image, labels, prediction, each)
     measured = {
-        "images": len(indices[rank::num_processes]),
+        "images": len(indices[rank::num_processes]) - len(left_out),
+        "left_out": left_out,
         "seconds": time.perf_counter() - start,
         "model_seconds": model_seconds,
         "metric_seconds": metric_seconds,
@@ -243,26 +246,38 @@ def _count(
     }
     confusion = metric.confusion.to(device)
     if num_processes == 1:
-        return confusion, _costs([measured])
-    return reduce(confusion, "sum"), _costs(gather_object([measured]))
+        return confusion, [measured]
+    return reduce(confusion, "sum"), gather_object([measured])
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An image that cannot be read: raised in a worker, the error would arrive with the worker's stack."""
+
+    index: int
+    error: ValueError
+
+    def leave_out(self, samples: SegmentationDataset) -> int:
+        """Name it on stderr and return its index; raise the error if such images are not to be left out."""
+        if not (samples.skip_unreadable and isinstance(self.error, UnreadableImageError)):
+            raise self.error
+        print(f"left out: {shown_lines(self.error)}", file=sys.stderr, flush=True)
+        return self.index
 
 
 class _Photographs(Dataset):
-    """Index, photograph `(3, height, width)` uint8 and label map, small enough to be handed over by a worker.
-
-    Where an image cannot be read, the item is the error: raised in a worker, it would arrive with the worker's stack.
-    """
+    """Index, photograph `(3, height, width)` uint8 and label map, small enough to be handed over by a worker."""
 
     def __init__(self, samples: SegmentationDataset, corruption: PhotoChange | None):
         self.samples = samples
         self.corruption = corruption
         self.label_dtype = torch.uint8 if samples.num_labels <= IGNORE_LABEL else torch.long
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor] | ValueError:
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor] | _Failure:
         try:
             sample = self.samples[index]
         except ValueError as error:
-            return error
+            return _Failure(index, error)
         image = sample["image"] if self.corruption is None else self.corruption(sample["image"], index)
         return index, image, sample["labels"].to(self.label_dtype)
 
