@@ -117,7 +117,10 @@ def test_the_default_model_is_calibrated_as_its_card_says():
     assert DepictConfig.from_pretrained(DEFAULT_MODEL).temperature == record["temperature"]
     assert record["split"] == "validation"
     card = (folder / "README.md").read_text(encoding="utf-8")
-    for figures, temperature in ((record["before"], 1), (record["after"], record["temperature"])):
+    test = json.loads((folder / "evaluation_as_shipped.json").read_text(encoding="utf-8"))
+    measured = [(record, record[name]) for name in ("before", "after")]
+    measured += [(test, test[name]) for name in ("uncalibrated", "calibration")]
+    for (record, figures), temperature in zip(measured, 2 * [1, record["temperature"]], strict=True):
         assert figures["temperature"] == temperature
         error, area = figures["expected_calibration_error"], figures["risk_coverage"]["area"]
         cells = (
@@ -129,7 +132,8 @@ def test_the_default_model_is_calibrated_as_its_card_says():
             percent(area).strip(),
         )
         assert f"| {' | '.join(cells)} |" in card
-    assert "(calibration_validation.png)" in card and (folder / "calibration_validation.png").is_file()
+    for split in ("validation", "test"):
+        assert f"(calibration_{split}.png)" in card and (folder / f"calibration_{split}.png").is_file()
 
 
 def test_the_readme_shows_the_comparison():

@@ -39,7 +39,7 @@ def published(records: "Records") -> list[str]:
 
 
 def calibration(records: "Records") -> list[str]:
-    """Temperature, and calibration before and after it."""
+    """Temperature, and calibration before and after it, also of evaluations that measured it."""
     record = records.get("calibration")
     if not record:
         return []
@@ -47,7 +47,8 @@ def calibration(records: "Records") -> list[str]:
         f"Scores are divided by a temperature of {record['temperature']:g} before probabilities are read from them; "
         f"labels do not depend on it. It was fitted on {record['num_images']} images of the {record['split']} split, "
         f"in {record['precision']}, to {record['after']['num_pixels']:,} of their {record['labelled_pixels']:,} "
-        "labelled pixels; the figures are of these same pixels, not of others. `calibration.json` is the record.",
+        f"labelled pixels; the figures of the {record['split']} split are of these same pixels. `calibration.json` is "
+        "the record.",
         "",
     ]
     header = [
@@ -58,16 +59,19 @@ def calibration(records: "Records") -> list[str]:
         "Brier score",
         "area under risk and coverage (%)",
     ]
+    measured = [(record, record["before"]), (record, record["after"])]
+    for each in records.evaluations.values():
+        measured += [(each, each[name]) for name in ("uncalibrated", "calibration") if name in each]
     rows = [
         [
-            f"{record['split']}, {record['num_images']} images",
+            f"{each['split']}, {each['num_images']} images",
             f"{figures['temperature']:g}",
             percent(figures["expected_calibration_error"]).strip(),
             f"{figures['negative_log_likelihood']:.4f}",
             f"{figures['brier_score']:.4f}",
             percent(figures["risk_coverage"]["area"]).strip(),
         ]
-        for figures in (record["before"], record["after"])
+        for each, figures in measured
     ]
     return [*lines, *pipe_table(header, rows), *_texts(records, "calibration"), *_pictures(records, "calibration")]
 
