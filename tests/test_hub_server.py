@@ -338,39 +338,62 @@ def test_a_dry_run_sends_nothing(server, session, folders):
     assert "5: sky, road, car, tree, sign." in answer["out"]
 
 
-def test_data_sets_by_name_with_their_class_names(server, session, tmp_path):
-    """Parquet files of the Hub, whose features name the classes, evaluate a model of the Hub."""
+@pytest.fixture(scope="module")
+def scenes(server, tmp_path_factory) -> list[str]:
+    """Uploads the data set me/scenes, Parquet files whose features name the classes; returns their names."""
     import datasets
     from conftest import palette_image
 
     names = ["sky", "road", "car", "tree", "sign"]
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.Image(),
-            "classes": datasets.List(datasets.ClassLabel(names=names)),
-        }
-    )
+    columns = {"image": datasets.Image(), "label": datasets.Image()}
+    features = datasets.Features(columns | {"classes": datasets.List(datasets.ClassLabel(names=names))})
     rng = np.random.default_rng(0)
     files = {}
     for split, count in (("train", 3), ("validation", 2)):
         maps = [rng.integers(0, 5, (4, 6), np.uint8).repeat(8, 0).repeat(8, 1) for _ in range(count)]
         photos = [PIL.Image.fromarray(np.stack([each * 50] * 3, -1)) for each in maps]
         columns = {"image": photos, "label": [palette_image(each) for each in maps], "classes": [[0, 1]] * count}
-        path = tmp_path / f"{split}.parquet"
+        path = tmp_path_factory.mktemp("scenes") / f"{split}.parquet"
         datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
         files[f"data/{split}-00000-of-00001.parquet"] = path.read_bytes()
     server.create("me/scenes", files, kind="dataset")
+    return names
+
+
+def test_data_sets_by_name_with_their_class_names(session, scenes, tmp_path):
+    """Fails if a model of the Hub cannot be evaluated on a data set of the Hub."""
     opened = session.run(
         "from training.data import open_data\n"
         "opened = open_data('me/scenes')\n"
         "value = [opened.class_names, {name: len(each) for name, each in opened.samples.items()}]"
     )
-    assert opened[0] == names and opened[1]["validation"] == 2
+    assert opened[0] == scenes and opened[1]["validation"] == 2
     record = tmp_path / "record.json"
     answer = session.command("evaluate", "me/first", "me/scenes", "--split", "validation", "--output", record)
     assert answer["status"] == 0, answer
     measured = json.loads(record.read_text())
-    assert list(measured["per_class_iou"]) == names and measured["num_images"] == 2
+    assert list(measured["per_class_iou"]) == scenes and measured["num_images"] == 2
     missing = session.command("evaluate", "me/first", "me/nothing", "--output", tmp_path / "none.json")
     assert missing["status"] == 1 and "me/nothing" in missing["err"]
+
+
+def test_one_trains_on_names_alone_and_uploads_what_came_out(server, session, scenes, photo, tmp_path):
+    """Encoder and data come from the Hub, and the model goes there: as the masks of the trained folder are its own."""
+    from transformers import Dinov2Backbone, Dinov2Config
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Backbone(Dinov2Config(**sizes, reshape_hidden_states=True)).save_pretrained(tmp_path / "encoder")
+    server.create("me/encoder", {each.name: each.read_bytes() for each in (tmp_path / "encoder").iterdir()})
+    fields = ["size=28", "crop_size=28", "window_size=28", "window_stride=14", "batch_size=2", "precision=float32"]
+    steps = ["--max-steps", "6"]
+    trained = session.command("train", "me/scenes", tmp_path / "out", "--from", "me/encoder", *steps, *fields)
+    assert trained["status"] == 0, trained
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == dict(
+        zip("01234", scenes, strict=True)
+    )
+    pushed = session.command("push", tmp_path / "out", "trained")
+    assert pushed["status"] == 0, pushed
+    for name, model in (("local", tmp_path / "out"), ("hub", "me/trained")):
+        answer = session.command("segment", photo, "--model", model, "--output", tmp_path / name)
+        assert answer["status"] == 0, answer
+    assert (label_map(tmp_path / "local") == label_map(tmp_path / "hub")).all()
