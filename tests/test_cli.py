@@ -18,8 +18,10 @@ from pycocotools import mask as coco_mask
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor, hub, loading
 from depict_hf.cli import main
+from depict_hf.demo import answers
 from depict_hf.inference import segment
 from depict_hf.loading import load_model, native_dtype, override_protocol
+from depict_hf.photo_files import MAX_PHOTO_PIXELS
 from depict_hf.weight_files import file_checksum
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
@@ -417,6 +419,14 @@ def test_training_commands_are_passed_on(capsys):
             main([command, "--help"])
         assert status.value.code == 0
         assert f"usage: depict {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "limit"), [("segment", MAX_PHOTO_PIXELS), ("demo", answers.MAX_PHOTO_PIXELS)])
+def test_help_gives_the_limits_that_hold(command, limit, capsys):
+    """The help is printed before what has the limits is imported, so that it has them a second time."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"({limit})" in capsys.readouterr().out
 
 
 def test_training_that_is_not_installed_says_so(capsys, monkeypatch):

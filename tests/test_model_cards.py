@@ -120,11 +120,11 @@ def test_the_default_model_is_calibrated_as_its_card_says():
     test = json.loads((folder / "evaluation_as_shipped.json").read_text(encoding="utf-8"))
     measured = [(record, record[name]) for name in ("before", "after")]
     measured += [(test, test[name]) for name in ("uncalibrated", "calibration")]
-    for (record, figures), temperature in zip(measured, 2 * [1, record["temperature"]], strict=True):
+    for (each, figures), temperature in zip(measured, 2 * [1, record["temperature"]], strict=True):
         assert figures["temperature"] == temperature
         error, area = figures["expected_calibration_error"], figures["risk_coverage"]["area"]
         cells = (
-            f"{record['split']}, {record['num_images']} images",
+            f"{each['split']}, {each['num_images']} images",
             f"{temperature:g}",
             percent(error).strip(),
             f"{figures['negative_log_likelihood']:.4f}",
