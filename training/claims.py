@@ -1,8 +1,8 @@
 """Test the paper's claims by a plan written before: `python -m training.claims PLAN OUTPUT NAME=DATASET ...`.
 
-Every run of the plan that OUTPUT lacks is made; the same command goes on where it was interrupted, and several
-processes may share the work by `--decoders`. Then costs and robustness are measured, and claims.json, README.md and
-claims.png are written, as far as the plan is done.
+Every run of the plan that OUTPUT lacks is made, and evaluated under noise; the same command goes on where it was
+interrupted, and several processes may share the work by `--decoders`. Then costs are measured, and claims.json,
+README.md and claims.png are written, as far as the plan is done.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from .evidence.claims import (
     Plan,
     build_claims,
     draw_claims,
+    load_noise,
     measure_plan_costs,
-    measure_plan_noise,
     read_plan,
     render_claims,
     run_grid,
@@ -48,19 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         datasets = dict(each.split("=", 1) for each in arguments.datasets)
         run_grid(plan, arguments.output, datasets, arguments.backbone, arguments.decoders)
         if arguments.decoders is None:
-            write_claims(plan, arguments.output, datasets)
+            write_claims(plan, arguments.output)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {shown_lines(error)}", file=sys.stderr)
         return 1
     return 0
 
 
-def write_claims(plan: Plan, output: Path, datasets: dict[str, str]) -> None:
-    """Measure what is left to measure of finished data sets, and write what came out."""
-    for name, where in datasets.items():
-        if not (output / name / "noise.json").is_file():
-            write_json(measure_plan_noise(plan, output, name, where), output / name / "noise.json", indent=1)
-    finished = all((output / name / "noise.json").is_file() for name in plan.datasets)
+def write_claims(plan: Plan, output: Path) -> None:
+    """Measure costs where all runs are finished, and write what came out."""
+    finished = not any(load_noise(plan, output / name)[1] for name in plan.datasets)
     if finished and not (output / "costs.json").is_file():
         write_json(measure_plan_costs(plan, output), output / "costs.json", indent=1)
     claims = build_claims(plan, output)

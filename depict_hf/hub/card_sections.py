@@ -59,7 +59,7 @@ def calibration(records: "Records") -> list[str]:
         "Brier score",
         "area under risk and coverage (%)",
     ]
-    measured = [(record, record["before"]), (record, record["after"])]
+    measured: list[tuple[Mapping[str, Any], Any]] = [(record, record["before"]), (record, record["after"])]
     for each in records.evaluations.values():
         measured += [(each, each[name]) for name in ("uncalibrated", "calibration") if name in each]
     rows = [

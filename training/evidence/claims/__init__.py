@@ -5,7 +5,7 @@ measure, `statistics` compares, `verdicts` judges the hypotheses, `report` write
 """
 
 from .costs import measure_plan_costs
-from .noise import measure_plan_noise
+from .noise import load_noise
 from .plan import DatasetPlan, NoisePlan, Plan, read_plan
 from .report import draw_claims, render_claims
 from .runs import run_grid
@@ -17,8 +17,8 @@ __all__ = [
     "Plan",
     "build_claims",
     "draw_claims",
+    "load_noise",
     "measure_plan_costs",
-    "measure_plan_noise",
     "read_plan",
     "render_claims",
     "run_grid",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from depict_hf.loading import load_model
+from depict_hf import DepictConfig, DepictForSemanticSegmentation
 
 from ...evaluation import count_flops, environment, interleaved_seconds
 from .plan import Plan
@@ -15,7 +15,7 @@ ASPECT = 4 / 3
 
 
 def measure_plan_costs(plan: Plan, output: Path, repetitions: int = 7) -> dict:
-    """Measure models of the first seed, on one image of the plan's size at 4 : 3, float32.
+    """Measure models as those of the first seed, on one image of the plan's size at 4 : 3, float32.
 
     Args:
         output: Folder of `run_grid`.
@@ -26,15 +26,16 @@ def measure_plan_costs(plan: Plan, output: Path, repetitions: int = 7) -> dict:
         of matrix products; `decoder_milliseconds` and `milliseconds` of the whole, medians.
 
     Raises:
-        ValueError, OSError: If a model is missing.
+        ValueError, OSError: If a configuration is missing.
     """
     measured: dict[str, dict] = {}
     for dataset in plan.datasets:
         costs: dict[str, dict[str, float]] = {}
         functions = {}
         for decoder in plan.learning_rates:
-            model, _ = load_model(output / dataset / "models" / f"{decoder}_seed{plan.seeds[0]}")
-            model.requires_grad_(False)  # the counter follows tensors that require a gradient
+            folder = output / dataset / "models" / f"{decoder}_seed{plan.seeds[0]}"
+            # Costs do not depend on weights; the counter follows tensors that require a gradient.
+            model = DepictForSemanticSegmentation(DepictConfig.from_pretrained(folder)).eval().requires_grad_(False)
             patch = model.config.encoder_patch_size
             grid_size = (plan.size // patch, int(plan.size * ASPECT) // patch)
             model.config.window_size = None

@@ -28,7 +28,9 @@ from ...optimization import (
 from ...recipe import Recipe
 from ...recipe_data import build_image_processor
 from ...recipe_model import build_model
+from ..noise import ATTENTION_MATRICES
 from .maps import MapCounts, count_maps
+from .noise import measure_run_noise
 from .plan import Plan, steps_of
 from .tokens import MovingPart, Pool, WholeImages, build_pool, build_whole_images, shuffled
 
@@ -51,7 +53,8 @@ class Grid:
         plan: The plan.
         name: Name of the data set in it.
         backbone: Where the encoder lies, if not where the plan says.
-        folder: Gets `runs/*.json` and `*.npz`, `models/*` and `tokens`.
+        folder: Gets `runs/*.json` and `*.npz`, `noise/*.json`, `models/*` and `tokens`. The first two are all that
+            verdicts need; of the models, costs need the configurations of the first seed.
     """
 
     plan: Plan
@@ -102,6 +105,8 @@ def run_grid(
             best = best_rate(scores)
             for seed in plan.seeds:
                 run_once(grid, decoder_type, best, seed, data)
+                if decoder_type in ATTENTION_MATRICES:
+                    measure_run_noise(plan, grid.folder, f"{decoder_type}_seed{seed}", data.test.samples)
 
 
 def best_rate(scores: Mapping[float, float]) -> float:

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...evaluation import environment
+from .noise import load_noise
 from .plan import Plan
 from .runs import best_rate
 from .statistics import Difference, accuracy_difference, holm, retention_difference
@@ -49,7 +50,7 @@ def build_claims(plan: Plan, output: Path) -> dict[str, Any]:
     """Gather runs, costs and noise of a whole plan, and judge its hypotheses.
 
     Args:
-        output: Folder of `run_grid`, with `costs.json` and each data set's `noise.json`.
+        output: Folder of `run_grid`, with `costs.json`.
 
     Returns:
         `settings`, `costs`, and `datasets`: by name and decoder the rates and trials, and mean and deviation over seeds
@@ -66,11 +67,10 @@ def build_claims(plan: Plan, output: Path) -> dict[str, Any]:
         datasets[name] = {decoder: summarize(plan, decoder, own) for decoder, own in runs.items() if own}
         if not missing:
             tests += accuracy_tests(plan, name, output / name)
-        noise = output / name / "noise.json"
-        if noise.is_file():
-            tests += robustness_tests(plan, name, json.loads(noise.read_text(encoding="utf-8")))
-        else:
-            pending.append(f"{name}: noise")
+        noise, without = load_noise(plan, output / name)
+        pending += [f"{name}: noise on {each}" for each in without]
+        if not without:
+            tests += robustness_tests(plan, name, noise)
     costs_path = output / "costs.json"
     costs = json.loads(costs_path.read_text(encoding="utf-8")) if costs_path.is_file() else None
     if costs is None:
@@ -163,8 +163,8 @@ def accuracy_tests(plan: Plan, dataset: str, folder: Path) -> list[Hypothesis]:
     ]
 
 
-def robustness_tests(plan: Plan, dataset: str, noise: dict) -> list[Hypothesis]:
-    """Compare DEPICT's decoders with Segmenter by what noise leaves of their mIoU."""
+def robustness_tests(plan: Plan, dataset: str, noise: Mapping[str, dict]) -> list[Hypothesis]:
+    """Compare DEPICT's decoders with Segmenter by what noise, as of `load_noise`, leaves of their mIoU."""
     return [
         Hypothesis(
             hypothesis,
@@ -175,14 +175,14 @@ def robustness_tests(plan: Plan, dataset: str, noise: dict) -> list[Hypothesis]:
             0.0,
             plan.margins["robustness"],
             retention_difference(
-                retained(plan, noise["decoders"][decoder], kind),
-                retained(plan, noise["decoders"][SEGMENTER], kind),
+                retained(plan, noise[decoder], kind),
+                retained(plan, noise[SEGMENTER], kind),
                 plan.resamples,
             ),
         )
         for decoder in (*PRIMARY, *SECONDARY)
         for hypothesis, kind in ROBUSTNESS
-        if decoder in noise["decoders"] and SEGMENTER in noise["decoders"]
+        if decoder in noise and SEGMENTER in noise
     ]
 
 
