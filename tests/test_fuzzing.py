@@ -5,7 +5,10 @@
 
 import os
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from fuzzing import mutations, readers, workers
@@ -16,8 +19,9 @@ from fuzzing.workers import make
 
 from depict_hf import weight_files
 
-# Of each kind; a command takes a third of a second.
-CASES = {"photographs": 60, "weights": 40, "data": 30, "settings": 100, "commands": 12}
+REPOSITORY = Path(__file__).parents[1]
+# Of each kind but commands.
+CASES = {"photographs": 60, "weights": 40, "data": 30, "settings": 100}
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +35,16 @@ def test_nothing_breaks_the_rule(kind, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert f"{kind}: {CASES[kind]} cases" in printed
+
+
+def test_no_command_breaks_the_rule(tmp_path):
+    """By a process of its own: some commands train, which a copy of a process that has trained before cannot."""
+    arguments = ["--kinds", "commands", "--cases", "12", "--seed", "0", "--output", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
+    command = [sys.executable, "-m", "fuzzing", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "commands: 12 cases" in result.stdout
 
 
 def leak(*_):
