@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--card", type=Path, metavar="DIR", help="folder for record, card and figure; keeps kinds measured before"
     )
+    parser.add_argument("--about", metavar="TEXT", help="how the models were trained, for the card")
     parser.add_argument("--draws", type=int, default=10, metavar="N", help="of the noise at every level (%(default)s)")
     for option, scale in (("--sigmas", "absolute"), ("--relative-sigmas", "relative")):
         levels = " ".join(f"{sigma:g}" for sigma in SIGMAS[scale])
@@ -159,9 +160,9 @@ def measure_groups(
             for group in groups
         },
         "sections": {},
-    }
+    } | ({"about": arguments.about} if arguments.about else {})
     record = with_sections(record, arguments.card)  # refuses another card before anything is measured
-    command = f"python -m training.robustness {shlex.join(map(shown, given))}"
+    command = shown_command("python -m training.robustness", given)
     for name in arguments.perturb or ["corruptions"]:
         section = measure_section(name, loaded, arguments, corruptions, state) | {"command": command}
         section["models"] = {shown(model): each for model, each in section["models"].items()}
@@ -188,7 +189,17 @@ def with_sections(record: dict, folder: Path | None) -> dict:
                 f"{folder} holds a card of {key} {found[key]}, but the command has {record[key]}; take another folder, "
                 "or delete it."
             )
-    return record | {"sections": found["sections"] | record["sections"]}
+    about = {name: found[name] for name in ("about",) if name in found}
+    return about | record | {"sections": found["sections"] | record["sections"]}
+
+
+def shown_command(program: str, given: Sequence[str]) -> str:
+    """Return a command line for a card, without `--about`, whose text stands there already."""
+    kept = list(given)
+    if "--about" in kept:
+        place = kept.index("--about")
+        del kept[place : place + 2]
+    return f"{program} {shlex.join(map(shown, kept))}"
 
 
 def shown(argument: str) -> str:

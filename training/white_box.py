@@ -6,7 +6,6 @@ not hold. The card says how everything is defined.
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from .evaluation import add_data_arguments, check_outputs, end_processes, enviro
 from .evidence.perturbations import load_groups, parse_groups
 from .evidence.white_box import measure_white_box
 from .evidence.white_box_card import RECORD_NAME, render_card, write_card
-from .robustness import shown
+from .robustness import shown, shown_command
 from .stopping import run_stoppable
 
 
@@ -43,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="models of one kind and several training seeds; one of linear decoders serves as a comparison",
     )
     parser.add_argument("--card", type=Path, metavar="DIR", help="folder for record, card and figure")
+    parser.add_argument("--about", metavar="TEXT", help="how the models were trained, for the card")
     parser.set_defaults(split="validation")
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_intermixed_args(given)
@@ -64,7 +64,8 @@ def _run(arguments: argparse.Namespace, given: list[str], started_in: dict[str, 
         record = {
             "dataset": shown(arguments.dataset),
             "split": arguments.split,
-            "command": f"python -m training.white_box {shlex.join(map(shown, given))}",
+            **({"about": arguments.about} if arguments.about else {}),
+            "command": shown_command("python -m training.white_box", given),
             "groups": {
                 group.name: {
                     "decoder_type": loaded[group.models[0]].model.config.decoder_type,

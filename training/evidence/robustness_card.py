@@ -39,6 +39,7 @@ def render_card(record: Mapping) -> str:
         "|---|---|---:|",
         *(f"| {name} | {group['decoder_type']} | {len(group['models'])} |" for name, group in record["groups"].items()),
         "",
+        *([record["about"], ""] if "about" in record else []),
         "Figures are mIoU in percent, with 95 % intervals (Student's t) in brackets, which cover training seeds and "
         "draws: sqrt(s_M^2 / M + s_D^2 / D), from the variances of the means of M seeds and of D draws, with degrees "
         "of freedom after Welch and Satterthwaite. They cover neither other images nor other encoders. Of one seed and "

@@ -63,6 +63,7 @@ def render_card(record: Mapping) -> str:
         + ". Untrained: a decoder of the same configuration with fresh weights on the "
         "same encoder.",
         "",
+        *([record["about"], ""] if "about" in record else []),
         "```sh",
         record["command"],
         "```",

@@ -40,7 +40,8 @@ def test_the_command_writes_a_card_and_adds_to_it(folders, tmp_path, monkeypatch
     models = ["--group", "sa=sa_0,sa_1", "--group", "mask=mask_0,mask_1", "linear_0", "dataset"]
     common = ["--workers", "0", "--batch-size", "1", "--max-images", "2", "--card", str(card)]
     options = ["--draws", "3", "--sigmas", "0.01", "0.5", "--relative-sigmas", "0.5", "--label-size", "16"]
-    assert command.main([*models, *common, *options, "--perturb", "attention-noise", "feature-noise"]) == 0
+    about = ["--about", "Trained on two seeds."]
+    assert command.main([*models, *common, *options, *about, "--perturb", "attention-noise", "feature-noise"]) == 0
     first = json.loads((card / "robustness.json").read_text())
     assert command.main([*models, *common, "--perturb", "views", "corruptions", "--corruptions", "fog:1", "fog:3"]) == 0
     record = json.loads((card / "robustness.json").read_text())
@@ -52,6 +53,7 @@ def test_the_command_writes_a_card_and_adds_to_it(folders, tmp_path, monkeypatch
     assert robustness_summary.verdict(record) in capsys.readouterr().out
     assert "linear_0: left out. A decoder of type 'linear' has no attention" in text
     assert "not ours" in text and "| 0.001 | 35.4 |  |" in text and "| 0.05 |  | 8 |" in text
+    assert text.count("Trained on two seeds.") == 1 and "--about" not in text
     assert "--group sa=sa_0,sa_1" in text and str(tmp_path) not in text
     views = record["sections"]["views"]["models"]["sa_0"]
     assert list(views["scores"]) == [

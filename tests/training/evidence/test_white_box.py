@@ -209,10 +209,11 @@ def test_the_command_writes_a_card(tmp_path, monkeypatch, capsys):
     save_labelled_by(tmp_path / "dataset", tmp_path / "made")
     monkeypatch.chdir(tmp_path)
     arguments = [*kinds, "dataset", "--split", "test", "--max-images", "3", "--workers", "0", "--card", "card"]
-    assert command.main(arguments) == 0
+    assert command.main([*arguments, "--about", "Made by hand."]) == 0
     record = json.loads((tmp_path / "card" / "white_box.json").read_text())
     card = (tmp_path / "card" / "README.md").read_text()
     assert card == white_box_card.render_card(record) and card in capsys.readouterr().out
+    assert card.count("Made by hand.") == 1 and "--about" not in card
     assert (tmp_path / "card" / "white_box.png").stat().st_size > 10_000
     assert record["num_images"] == 3 and len(record["untrained"]["lin"]["images"]) == 3
     found = {name: claims.judge(record, name)["Subspaces"] for name in kinds}
