@@ -275,4 +275,4 @@ def _plot_bars(axes, groups: Mapping, colors: Mapping[str, str]) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="mIoU (%)")
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
