@@ -244,7 +244,8 @@ def measure_noise(
 
     Returns:
         `clean`, the mean IoU without noise, and `scores`: by scale one list per level, of the mean IoU of each draw;
-        `root_mean_squares` by name, for features their mean over the photographs. For a decoder without the target
+        `removed`, of attention matrices, the mean IoU with all at zero; `root_mean_squares` by name, for features their
+        mean over the photographs. For a decoder without the target
         only `left_out`, which says so.
 
     Raises:
@@ -290,4 +291,14 @@ def measure_noise(
     results: dict[str, list[list[float]]] = {scale: [] for scale in TARGETS[target]}
     for (scale, _), each in zip(levels, counts, strict=True):
         results[scale].append([scores(count)["mean_iou"] for count in each])
-    return {"clean": scores(clean)["mean_iou"], "scores": results, "root_mean_squares": sizes}
+    removed = {"removed": score_without(model, photos, tensors)} if target == "attention-noise" else {}
+    return {"clean": scores(clean)["mean_iou"], "scores": results, **removed, "root_mean_squares": sizes}
+
+
+@torch.no_grad()
+def score_without(
+    model: DepictForSemanticSegmentation, photos: Sequence[EncodedPhoto], tensors: Mapping[str, Tensor]
+) -> float:
+    """Return the mean IoU with weights at zero: what noise cannot take away, since it does not come from them."""
+    with added(tensors, {name: -tensor for name, tensor in tensors.items()}):
+        return scores(torch.stack([confusion(model, photo) for photo in photos]).sum(0))["mean_iou"]

@@ -84,6 +84,9 @@ def _noise_text(name: str, record: Mapping, section: Mapping, summary: Mapping) 
             "the root mean square of each matrix. Neither alone is a fair comparison, so both are given. Root mean "
             "squares, mean over matrices and seeds: " + _sizes(record, section) + ".",
             "",
+            "Noise can take away only what the attention gives: the row `all at zero` has the mIoU with all these "
+            "matrices at zero. A decoder that loses little there is robust because it hardly uses them.",
+            "",
         ]
     elif name == "class-token-noise":
         lines += [
@@ -135,6 +138,8 @@ def _curve_table(groups: Mapping) -> list[str]:
     for index, point in enumerate(first["curve"]):
         cells = (_mean(each["curve"][index]["score"]) for each in shown.values())
         lines.append(f"| {point['sigma']:g} | {' | '.join(cells)} |")
+    if "removed" in first:
+        lines.append(f"| all at zero | {' | '.join(_mean(each['removed']) for each in shown.values())} |")
     halves = ("none" if each["half_sigma"] is None else f"{each['half_sigma']:.3g}" for each in shown.values())
     lines.append(f"| sigma at half of the clean mIoU | {' | '.join(halves)} |")
     kept = (f"{100 * each['mean_retained']:.1f} %" for each in shown.values())

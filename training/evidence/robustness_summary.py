@@ -31,10 +31,11 @@ def summarize_sections(record: Mapping) -> dict:
 
     Returns:
         Per section: for noise, by scale and group, `clean`, `curve` (per level `sigma`, `score` and `retained`, the
-        share of the clean score), `half_sigma`, where the mean curve falls below half of the clean score, and
-        `mean_retained` over the levels; and by scale `differences` to the black box, by white box. For corruptions
-        and views, by group, `clean`, `scores` by kind, `mean`, over the kinds, and `retained`, that as a share of the
-        clean score. Means are those of `crossed_mean`. A group without a figure has `left_out`.
+        share of the clean score), `removed`, with all attention matrices at zero, `half_sigma`, where the mean curve
+        falls below half of the clean score, and `mean_retained` over the levels; and by scale `differences` to the
+        black box, by white box. For corruptions and views, by group, `clean`, `scores` by kind, `mean`, over the
+        kinds, and `retained`, that as a share of the clean score. Means are those of `crossed_mean`. A group without a
+        figure has `left_out`.
     """
     return {
         name: _noise(record, section) if name in TARGETS else _kinds(record, section)
@@ -74,6 +75,11 @@ def _noise(record: Mapping, section: Mapping) -> dict:
             groups[name] = {
                 "clean": clean,
                 "curve": curve,
+                **(
+                    {"removed": crossed_mean([[model["removed"]] for model in models])}
+                    if all("removed" in model for model in models)
+                    else {}
+                ),
                 "half_sigma": first_crossing(sigmas, means, clean["mean"], clean["mean"] / 2),
                 "mean_retained": fmean(point["retained"]["mean"] for point in curve),
             }
@@ -149,7 +155,13 @@ def _on_the_claim(record: Mapping, summary: Mapping) -> str:
         found = "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in outcomes.items())
         noise = "absolute noise" if scale == "absolute" else "noise relative to each matrix's norm"
         clauses.append(f"under {noise} ({found})")
-    return f"Noise on the attention matrices, white boxes against {reference}: {' and '.join(clauses)}."
+    left = [
+        f"{name} {100 * each['removed']['mean'] / each['clean']['mean']:.0f} %"
+        for name, each in next(iter(scales.values()))["groups"].items()
+        if "removed" in each
+    ]
+    without = f"; with all of them at zero, these shares of the clean mIoU are left: {', '.join(left)}" if left else ""
+    return f"Noise on the attention matrices, white boxes against {reference}: {' and '.join(clauses)}{without}."
 
 
 def _on_the_rest(summary: Mapping) -> str:

@@ -43,6 +43,25 @@ def test_without_noise_it_is_the_evaluated_score_and_weights_return(decoder_type
         assert moved[0] != moved[1] and expected not in moved
 
 
+@pytest.mark.parametrize("decoder_type", WITH_ATTENTION)
+def test_what_is_left_without_attention(decoder_type, samples, image_processor):
+    """Fails if a matrix keeps its weights, or another parameter loses them."""
+    model = tiny_model(decoder_type)
+    photos = noise.encode_photos(model, image_processor, samples, range(len(samples)))
+    record = noise.measure_noise(model, photos, "attention-noise", {"absolute": [0.1], "relative": [0.1]}, 1)
+    for layer in (*model.decoder.layers, *getattr(model.decoder, "cross_layers", ())):
+        if decoder_type == "mask_transformer":
+            torch.nn.init.zeros_(layer.attention.qkv.weight)
+            torch.nn.init.zeros_(layer.attention.projection.weight)
+        elif decoder_type == "cbsa":
+            torch.nn.init.zeros_(layer.projection.weight)
+            torch.nn.init.zeros_(layer.output.weight)
+        else:
+            torch.nn.init.zeros_(layer.projection)
+    expected = evaluate(model, image_processor, samples, execution=Execution(batch_size_images=1))["mean_iou"]
+    assert record["removed"] == expected
+
+
 def test_weights_return_after_an_error():
     model = tiny_model("mask_transformer")
     before, matrices = weights(model), noise.attention_matrices(model)
@@ -100,7 +119,7 @@ def test_relative_noise_is_sigma_times_the_root_mean_square(samples, image_proce
     photos = noise.encode_photos(model, image_processor, samples, [0])
     sigmas = {"absolute": [0.2], "relative": [0.2]}
     record = noise.measure_noise(model, photos, "attention-noise", sigmas, 1)
-    absolute, relative = given
+    absolute, relative, _ = given
     for name, matrix in matrices.items():
         size = matrix.square().mean().sqrt()
         torch.testing.assert_close(relative[name], absolute[name] * size)

@@ -106,7 +106,8 @@ def noise_record(white: list[list[float]], black: list[list[float]], scale_sigma
     def model(scores: list[float], seed: int) -> dict:
         levels = [[score + 0.001 * (seed + draw) for draw in range(3)] for score in scores]
         sizes = {"layers.0.projection": 0.05}
-        return {"clean": 0.5, "scores": {"absolute": levels, "relative": levels}, "root_mean_squares": sizes}
+        scores = {"absolute": levels, "relative": levels}
+        return {"clean": 0.5, "scores": scores, "removed": 0.1 + 0.2 * seed, "root_mean_squares": sizes}
 
     section = {
         "num_images": 3,
@@ -139,7 +140,9 @@ def test_verdicts(white, black, outcome):
     sentence = (
         f"under absolute noise ({outcome}: depict) and under noise relative to each matrix's norm ({outcome}: depict)"
     )
-    assert sentence in robustness_summary.verdict(record)
+    left = "with all of them at zero, these shares of the clean mIoU are left: depict 40 %, segmenter 40 %."
+    assert f"{sentence}; {left}" in robustness_summary.verdict(record)
+    assert "| all at zero | 20.00 (" in robustness_card.render_card(record)
 
 
 def test_summary_of_noise():
@@ -149,6 +152,7 @@ def test_summary_of_noise():
     assert [point["score"]["mean"] for point in each["curve"]] == pytest.approx([0.5015, 0.4015, 0.1015])
     assert each["curve"][1]["retained"]["mean"] == pytest.approx(0.4015 / 0.5)
     assert each["half_sigma"] == pytest.approx(0.1 + 0.1 * (0.4015 - 0.25) / 0.3)
+    assert each["removed"]["mean"] == pytest.approx(0.2)
     [_, difference, _] = curves["attention-noise"]["absolute"]["differences"]["depict"]
     assert difference["mean"] == pytest.approx(0.2) and difference["interval"] == pytest.approx([0.2, 0.2])
 
