@@ -17,6 +17,7 @@ from training.evidence.comparison_report import with_deviation
 from training.evidence.model_cards import card_folders, paper_model_names, paper_records, render_index
 from training.evidence.paper import PAPER_ROWS
 from training.evidence.rehearsal_table import render_rehearsals
+from training.evidence.robustness_summary import summarize_sections, verdict
 from training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +170,24 @@ def test_cards_of_measurements_are_rendered_from_their_records(kind, card):
         record = json.loads(path.read_text(encoding="utf-8"))
         assert (path.parent / "README.md").read_text(encoding="utf-8") == card.render_card(record)
         assert (path.parent / card.FIGURE_NAME).is_file()
+
+
+def test_the_readme_says_what_the_cards_on_the_claims_say():
+    folder = ROOT / "model_cards"
+    record = json.loads((folder / "robustness_camvid" / "robustness.json").read_text(encoding="utf-8"))
+    groups = summarize_sections(record)["attention-noise"]["relative"]["groups"]
+    left = {
+        name: f"{100 * each['removed']['mean'] / each['clean']['mean']:.0f} %"
+        for name, each in groups.items()
+        if "removed" in each
+    }
+    text = " ".join(README.split())
+    assert f"at zero it keeps {left['mask_transformer']} of its mIoU, `sa` {left['sa']}." in text
+    assert "(less robust: sa, ca; more robust: cbsa)" in verdict(record) and "Nor is it [more robust]" in text
+    record = json.loads((folder / "white_box_camvid" / "white_box.json").read_text(encoding="utf-8"))
+    assert record["verdicts"]["sa"]["Compression"] == "does not hold"
+    found = [claims for claims in record["verdicts"].values() if claims["Compression"] != "not defined"]
+    assert all("holds" not in claims.values() for claims in found)
 
 
 @pytest.mark.skipif(not REHEARSALS, reason="no row of the paper has been rehearsed yet")
