@@ -60,6 +60,13 @@ from .recipe_model import build_model, check_start, freeze_for, load_backbone
 from .recipes import get_recipe
 from .stopping import command_line, run_stoppable
 
+# Its name in older releases of transformers.
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
+
 __all__ = [
     "build_augmentation",
     "build_image_processor",
@@ -237,7 +244,7 @@ def training_arguments(recipe: Recipe, output: Path, num_images: int) -> Trainin
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,  # backbones have some, such as DINOv2's mask token
         label_names=["labels"],
-        activation_checkpointing=recipe.hardware.gradient_checkpointing,
+        **{_CHECKPOINTING: recipe.hardware.gradient_checkpointing},
         torch_compile=recipe.hardware.compile,
         report_to=trackers(recipe),
         disable_tqdm=not sys.stderr.isatty(),
