@@ -434,8 +434,8 @@ def test_unreadable_images_are_named_by_workers_too(loaded):
             evaluation.evaluate(model, image_processor, broken, execution=Execution(2, workers))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_images_that_cannot_be_read_any_more_are_left_out_if_told_so(loaded, tmp_path, capsys, workers):
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (2, 1)])
+def test_images_that_cannot_be_read_any_more_are_left_out_if_told_so(loaded, tmp_path, capsys, batch_size, workers):
     """The fourth is gone since the split was checked: figures and counts are those of the others."""
     model, image_processor, samples = loaded
     rows = [dict(row) for row in samples.encoded]
@@ -443,7 +443,7 @@ def test_images_that_cannot_be_read_any_more_are_left_out_if_told_so(loaded, tmp
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
     data = datasets.Dataset.from_list(rows, features=features)
     damaged = SegmentationDataset(data, 5, split="test", skip_unreadable=True)
-    record = evaluation.evaluate(model, image_processor, damaged, execution=Execution(2, workers))
+    record = evaluation.evaluate(model, image_processor, damaged, execution=Execution(batch_size, workers))
     rest = evaluation.evaluate(model, image_processor, samples.without([3]))
     assert record["per_class_iou"] == rest["per_class_iou"]
     assert record["num_images"] == rest["num_images"] == len(samples) - 1
