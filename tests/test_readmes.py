@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import save_backbone, save_scenes
+from conftest import save_backbone, save_model, save_scenes
 
 from depict_hf import loading
 from depict_hf.cli import main as depict
@@ -38,6 +38,8 @@ ADDED = {
         "--labels",
         "5",
     ],
+    "training.robustness": ["--max-images", "1", "--draws", "1", "--corruptions", "fog"],
+    "training.white_box": ["--max-images", "1"],
     "evaluate": ["--workers", "0"],
     "train": ["--from", "facebook/dinov2-small", "size=28", "crop_size=28", "num_workers=0"],
 }
@@ -89,6 +91,10 @@ def reader(tmp_path_factory) -> Path:
     save_backbone(folder / "facebook" / "dinov2-small")
     shutil.copytree(ROOT / "tests" / "data" / "published" / "ca_vit", folder / "CHECKPOINT")
     shutil.copytree(loading.DEFAULT_MODEL, folder / "default")
+    (folder / "camvid").symlink_to(folder / "DATASET")
+    for decoder_type in ("sa", "ca", "cbsa", "mask_transformer", "linear"):
+        for seed in range(5):
+            save_model(folder / f"{decoder_type}_seed{seed}", decoder_type)
     rng = np.random.default_rng(0)
     for kind in ("images", "masks"):
         (folder / "DATA" / kind).mkdir(parents=True)
