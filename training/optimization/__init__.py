@@ -1,6 +1,7 @@
 """How weights move: Trainer, losses, parameter groups, rates, averages, adapters, checkpoints."""
 
 from .adapters import add_adapters, merge_adapters
+from .attention import PlainAttention
 from .checkpoints import check_output, discard_unfinished, find_checkpoint, warn_once
 from .groups import (
     SCALE_PARAMETERS,
@@ -26,6 +27,7 @@ __all__ = [
     "Budget",
     "Pace",
     "PacedTrainer",
+    "PlainAttention",
     "ProgressLine",
     "RecipeLoss",
     "SegmentationTrainer",

@@ -19,6 +19,7 @@ from depict_hf.modeling_depict import segmentation_loss
 from ...data import SegmentationDataset, open_data
 from ...evaluation import environment, write_json
 from ...optimization import (
+    PlainAttention,
     count_encoder_blocks,
     create_optimizer,
     create_scheduler,
@@ -200,7 +201,10 @@ def train(recipe: Recipe, pool: Pool, plan: Plan) -> tuple[DepictForSemanticSegm
     losses = []
     for batch in shuffled(len(pool), recipe.optimization.batch_size, recipe.optimization.seed):
         tokens, labels = pool.batch(batch)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.hardware.precision == "bf16"):
+        with (
+            PlainAttention(),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.hardware.precision == "bf16"),
+        ):
             loss = segmentation_loss(part(tokens), labels, model.config.semantic_loss_ignore_index)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(part.parameters(), recipe.optimization.max_grad_norm)
