@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from packaging.version import Version
 
 from depict_hf import DepictConfig, DepictForSemanticSegmentation, DepictImageProcessor
 
@@ -44,6 +45,12 @@ FIELDS = [
     "precision=float32",
     "cache_features=false",
 ]
+
+
+# Up to 2.9, fake tensors on "cuda" ask the driver, which raises or ends the process where there is none.
+needs_fake_cuda = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.10"), reason="this PyTorch has no fake CUDA without a driver"
+)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

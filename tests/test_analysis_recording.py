@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import needs_fake_cuda, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from depict_hf.analysis import (
@@ -133,6 +133,7 @@ def test_a_rotated_photograph_is_turned_upright(image_processor):
     assert analyze(tiny_model("sa"), image_processor, photo).grid_size == (10, 4)
 
 
+@needs_fake_cuda
 @pytest.mark.parametrize("decoder_type", LAYERED)
 def test_no_devices_mix(decoder_type):
     """On fake CUDA tensors, whose operations raise where devices mix or a value is read back."""

@@ -4,7 +4,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import needs_fake_cuda, tiny_config, tiny_model
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes as no_modes
 from transformers import Dinov2Config
@@ -12,6 +12,8 @@ from transformers.initialization import no_init_weights
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor
 from depict_hf.inference import segment, segment_stream
+
+pytestmark = needs_fake_cuda
 
 BACKBONE = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32)
 

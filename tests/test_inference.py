@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
+from packaging.version import Version
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from depict_hf import DepictImageProcessor, resampling
@@ -235,7 +236,10 @@ def test_what_finishing_raises_is_not_swallowed(photo, image_processor, tmp_path
 
 @pytest.mark.parametrize("windows", [{}, {"window_size": 32, "window_stride": 20}])
 def test_a_compiled_model_is_not_compiled_anew_for_each_photograph(windows, image_processor, decoder_type):
-    """No graph breaks, and three graphs: one for the first size, one for any, one for square images or single ones."""
+    """No graph breaks, and three graphs: one for the first size, one for any, one for square images or single ones.
+
+    Up to PyTorch 2.9 it is one more.
+    """
     model = tiny_model(decoder_type, **windows)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -243,7 +247,7 @@ def test_a_compiled_model_is_not_compiled_anew_for_each_photograph(windows, imag
     for photo in random_photos(*sizes):
         labels = segment(compiled, image_processor, [photo])[0]
         assert (labels == segment(model, image_processor, [photo])[0]).float().mean() > 0.999
-    assert 1 <= counter.frame_count <= 3
+    assert 1 <= counter.frame_count <= (3 if Version(torch.__version__) >= Version("2.10") else 4)
     torch.compiler.reset()
 
 

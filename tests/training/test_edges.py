@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_trainer, tiny_config, training_arguments
+from conftest import make_trainer, needs_fake_cuda, tiny_config, training_arguments
 from PIL import Image
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -71,6 +71,7 @@ def test_a_compiled_model_keeps_its_frozen_encoder_in_evaluation_mode(dataset_fo
     assert all(module.training for module in trainer.model.decoder.modules())
 
 
+@needs_fake_cuda
 @pytest.mark.parametrize(
     "loss", [None, RecipeLoss(torch.rand(5), focal_gamma=1.0, dice_weight=0.5)], ids=["own", "all"]
 )

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_model
+from conftest import needs_fake_cuda, tiny_config, tiny_model
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
@@ -120,6 +120,7 @@ def test_other_weights_or_another_size_have_other_features(samples, tmp_path):
     assert not torch.equal(before[0]["features"], after[0]["features"])
 
 
+@needs_fake_cuda
 def test_features_are_computed_on_the_accelerator():
     """Fake CUDA tensors raise where devices mix and where a value is read back to the host."""
     with FakeTensorMode(allow_non_fake_inputs=True):

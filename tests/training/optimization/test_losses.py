@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_fake_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -116,6 +117,7 @@ def test_no_full_size_scores_are_made(terms):
     assert largest.elements <= 2**19 < 20 * 512 * 512 / 8
 
 
+@needs_fake_cuda
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
 def test_losses_stay_on_the_accelerator(terms):
     """Fake CUDA tensors raise where devices mix and where a value is read back to the host."""
