@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 from depict_hf.loading import load_model
 
 from ...data import SegmentationDataset
@@ -31,8 +33,9 @@ def measure_run_noise(plan: Plan, folder: Path, run: str, samples: SegmentationD
     model, image_processor = load_model(folder / "models" / run)
     images = list(spread(len(samples), plan.noise.images))
     sigmas = {"relative": plan.noise.relative, "absolute": plan.noise.absolute}
-    photos = encode_photos(model, image_processor, samples, images, plan.size)
-    found = measure_noise(model, photos, "attention-noise", sigmas, plan.noise.draws)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as the runs are trained and evaluated
+        photos = encode_photos(model, image_processor, samples, images, plan.size)
+        found = measure_noise(model, photos, "attention-noise", sigmas, plan.noise.draws)
     by_level = {
         scale: {f"{level:g}": draws for level, draws in zip(levels, found["scores"][scale], strict=True)}
         for scale, levels in sigmas.items()
