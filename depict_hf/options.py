@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from .photographs import RESULT_SUFFIXES
+from .quality import QUALITIES
 
 
 def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,14 @@ def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     earlier.add_argument("--overwrite", action="store_true", help="replace results that are there")
 
     protocol = parser.add_argument_group("protocol", "How photographs are read: as the model's files say, unless told.")
-    protocol.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes relative to the model's own")
+    protocol.add_argument(
+        "--quality",
+        choices=tuple(QUALITIES),
+        default="balanced",
+        help="fast: windows side by side; balanced: as the model's files say; best: three sizes and their mirror "
+        "images (%(default)s); the options below outrank it",
+    )
+    protocol.add_argument("--scales", type=float, nargs="+", help="sizes relative to the model's own")
     protocol.add_argument("--flip", action="store_true", help="average with the mirror image")
     protocol.add_argument("--size", type=int, metavar="N", help="pixels of the shorter side")
     protocol.add_argument("--window-size", type=_window, metavar="N", help="pixels, or none for whole images")

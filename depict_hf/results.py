@@ -26,6 +26,7 @@ from .loading import fastest_device, load_model, model_source, override_protocol
 from .photo_files import allowed_pixels
 from .photo_files import shown as shown_name
 from .photographs import RESULT_SUFFIXES, Photograph, Processes
+from .quality import QUALITIES
 from .resuming import Outcome, Results
 from .visualization import class_shares, confidence_image, draw_confidence, label_image, overlay
 from .windows import Segmentation
@@ -180,7 +181,11 @@ def segment_share(
     if device == "auto":
         device = fastest_device(processes.local_rank) if args.backend == "pytorch" else "cpu"
     model, image_processor = load_model(args.model, device, args.dtype, args.backend)
-    override_protocol(model, image_processor, args.size, args.window_size, args.window_stride)
+    quality = QUALITIES[args.quality]
+    stride = args.window_stride
+    if stride is None:
+        stride = quality.window_stride(model.config.window_size if args.window_size is None else args.window_size)
+    override_protocol(model, image_processor, args.size, args.window_size, stride)
     if processes.rank == 0 and args.backend == "pytorch":
         print(f"depict: computes in {str(model.dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
     config = model.config
@@ -209,7 +214,8 @@ def segment_share(
     num_failed = 0
     max_batch_pixels = MAX_BATCH_PIXELS if args.max_batch_pixels is None else args.max_batch_pixels
     max_photo_pixels = allowed_pixels(args.max_photo_pixels)
-    options = (args.scales, args.flip, max_batch_pixels, args.confidence is not None, max_photo_pixels)
+    scales, flip = quality.scales if args.scales is None else args.scales, args.flip or quality.flip
+    options = (scales, flip, max_batch_pixels, args.confidence is not None, max_photo_pixels)
     files = segment_files(model, image_processor, by_path, finish, *options, stopped=lambda: bool(interruption))
     progress = tqdm(files, total=len(share), disable=len(share) == 1 or processes.rank > 0, unit="photo")
     last = time.monotonic()

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import save_model, tiny_model
 from pycocotools import mask as coco_mask
 
 from depict_hf import DepictForSemanticSegmentation, DepictImageProcessor, hub, loading
@@ -65,6 +65,42 @@ def test_pictures_and_table(model_folder, tmp_path, capsys):
     share = (expected == largest).float().mean().item()
     assert printed.splitlines()[1].split() == [f"{100 * share:.2f}", "%", model.config.id2label[largest]]
     assert printed.splitlines()[-1] == "The model gives every pixel one of 5 classes: sky, road, car, tree, sign."
+
+
+@pytest.mark.parametrize(
+    ("options", "stride", "scales", "flip"),
+    [
+        ([], 20, (1.0,), False),
+        (["--quality", "balanced"], 20, (1.0,), False),
+        (["--quality", "fast"], 32, (1.0,), False),
+        (["--quality", "best"], 20, (0.75, 1.0, 1.25), True),
+        (["--quality", "fast", "--window-stride", "8"], 8, (1.0,), False),
+        (["--quality", "fast", "--window-size", "24"], 24, (1.0,), False),
+        (["--quality", "fast", "--window-size", "none"], None, (1.0,), False),
+        (["--quality", "best", "--scales", "0.5"], 20, (0.5,), True),
+    ],
+)
+def test_qualities_are_settings(options, stride, scales, flip, tmp_path):
+    """Fails if a quality has another protocol than it says, or outranks what is asked for."""
+    folder = save_model(tmp_path / "model", window_size=32, window_stride=20)
+    photo = save_photo(tmp_path / "photo.png")
+    arguments = ["segment", str(photo), "--model", str(folder), "--output", str(tmp_path / "out"), "--format", "npy"]
+    assert main([*arguments, "--dtype", "float32", *options]) == 0
+    model, processor = load_model(folder)
+    model.config.window_size = 24 if "24" in options else None if stride is None else 32
+    model.config.window_stride = stride
+    [expected] = segment(model, processor, [photo], scales=scales, flip=flip)
+    assert np.array_equal(np.load(tmp_path / "out" / "photo_labels.npy"), expected.numpy())
+
+
+def test_whole_images_are_fast_already_and_best_in_three_sizes(tmp_path):
+    folder, photo = save_model(tmp_path / "model"), save_photo(tmp_path / "photo.png")
+    maps = {}
+    for quality in ("fast", "balanced", "best"):
+        arguments = ["segment", str(photo), "--model", str(folder), "--output", str(tmp_path / quality)]
+        assert main([*arguments, "--format", "npy", "--quality", quality]) == 0
+        maps[quality] = np.load(tmp_path / quality / "photo_labels.npy")
+    assert np.array_equal(maps["fast"], maps["balanced"]) and not np.array_equal(maps["best"], maps["balanced"])
 
 
 def test_one_unreadable_photo_does_not_lose_the_others(model_folder, tmp_path, capsys, monkeypatch):

@@ -75,7 +75,8 @@ def planned_points(models: Sequence[str], exports: Sequence[str]) -> list[Point]
         size = dict(image_processor.size).get("shortest_edge")
         if size is None:
             raise ValueError(f"{name} resizes to {dict(image_processor.size)}, needed shortest_edge, to choose others.")
-        points += points_of(name, size, model.config.window_size, model.config.encoder_patch_size)
+        config = model.config
+        points += points_of(name, size, config.window_size, config.window_stride, config.encoder_patch_size)
     return [*points, *(Point(name, backend="onnxruntime", dtype="auto") for name in exports)]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from depict_hf.hub.tables import pipe_table
 from depict_hf.loading import load_model, override_protocol
+from depict_hf.quality import QUALITIES
 from depict_hf.writing import write_json, write_whole
 
 from ..data import SegmentationDataset
@@ -15,9 +16,9 @@ from ..evaluation import Execution, Protocol, environment, evaluate, write_figur
 from .paper import PUBLISHED_SCALES
 
 RECORD_NAME, CARD_NAME, FIGURE_NAME = "tradeoff.json", "README.md", "tradeoff.png"
-THREE_SCALES = (0.75, 1.0, 1.25)
 # Shares of the model's own size.
 SIZES = (0.5, 0.75, 1.25)
+TITLES = ["", "model, precision, size, stride, scales", "ms", "mIoU", "best", "--quality"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Point:
         size: Pixels of the shorter side.
         window_stride: Pixels from window to window.
         scales, flip: Sizes relative to `size` whose scores are averaged, and whether with mirror images.
+        quality: What `depict segment --quality` calls it, if it has a name; no part of what is run.
     """
 
     model: str
@@ -40,6 +42,7 @@ class Point:
     window_stride: int | None = None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+    quality: str = ""
 
     @property
     def name(self) -> str:
@@ -55,22 +58,33 @@ class Point:
         return ", ".join([*parts, *(["mirrored"] if self.flip else [])])
 
 
-def points_of(model: str, size: int, window: int | None, patch_size: int) -> list[Point]:
-    """Return the ways to run a model that are compared.
+def points_of(model: str, size: int, window: int | None, stride: int | None, patch_size: int) -> list[Point]:
+    """Return the ways to run a model that are compared, those of `depict_hf.quality.QUALITIES` among them.
 
     Args:
         size: Its own, pixels of the shorter side.
         window: Side of its windows; None where it takes whole images.
-        patch_size: Of its encoder; sizes and strides are multiples of it.
+        stride: Pixels from window to window; where its windows lie side by side, they are also tried half as far apart.
+        patch_size: Of its encoder; sizes, and strides that are not its own, are multiples of it.
     """
     native = Point(model, dtype="bfloat16")
-    strides = [None] if window is None else [window, window // 2 // patch_size * patch_size]
+    strides: list[int | None] = [None]
+    if window is not None:
+        own = stride or window
+        strides = [window, own if own < window else window // 2 // patch_size * patch_size]
+    best = QUALITIES["best"]
     points = [replace(native, dtype="float32", window_stride=strides[0])]
-    for stride in strides:
-        plain = replace(native, window_stride=stride)
-        points += [plain, replace(plain, scales=THREE_SCALES, flip=True)]
+    for each in strides:
+        plain = replace(native, window_stride=each)
+        points += [plain, replace(plain, scales=best.scales, flip=best.flip)]
         points += [replace(plain, size=round(share * size / patch_size) * patch_size) for share in SIZES]
-    return [*points, replace(native, window_stride=strides[-1], scales=PUBLISHED_SCALES, flip=True)]
+    points.append(replace(native, window_stride=strides[-1], scales=PUBLISHED_SCALES, flip=True))
+    named: dict[Point, list[str]] = {}
+    for name, quality in QUALITIES.items():
+        apart = window if window is None or not quality.overlap else stride or window
+        point = replace(native, window_stride=apart, scales=quality.scales, flip=quality.flip)
+        named.setdefault(point, []).append(name)
+    return [replace(point, quality=", ".join(named.get(point, []))) for point in points]
 
 
 def measure_points(
@@ -146,6 +160,7 @@ def render_tradeoff(record: Mapping) -> str:
             f"{points[name]['milliseconds']:.0f}",
             f"{100 * points[name]['mean_iou']:.2f}",
             "yes" if name in kept else "",
+            points[name]["quality"],
         ]
         for index, name in enumerate(by_time(points), 1)
     ]
@@ -158,7 +173,7 @@ def render_tradeoff(record: Mapping) -> str:
         f"photograph to label map, on average, and mIoU in percent. {where['cpu_threads']} threads of a CPU, torch "
         f"{where['torch']}. Best: no other is as fast and more accurate, or as accurate and faster.",
         "",
-        *pipe_table(["", "model, precision, size, stride, scales", "ms", "mIoU", "best"], rows, numeric_from=2),
+        *pipe_table(TITLES, rows, numeric_from=2),
         "",
         f"![mIoU against milliseconds]({FIGURE_NAME})",
     ]

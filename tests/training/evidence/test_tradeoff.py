@@ -28,13 +28,25 @@ def scenes(tmp_path_factory):
 
 
 def test_points_are_multiples_of_patches_and_each_is_there_once():
-    points = points_of("default", 728, 392, 14)
+    points = points_of("default", 728, 392, 203, 14)
     assert len({point.name for point in points}) == len(points) == 12
-    assert {point.window_stride for point in points} == {392, 196}
+    assert {point.window_stride for point in points} == {392, 203}
+    assert {point.window_stride for point in points_of("default", 728, 392, None, 14)} == {392, 196}
     assert {point.size for point in points} == {None, 364, 546, 910}
     assert points[0] == Point("default", window_stride=392)
     assert points[-1].scales == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75) and points[-1].flip
-    assert {point.window_stride for point in points_of("default", 512, None, 16)} == {None}
+    assert {point.window_stride for point in points_of("default", 512, None, None, 16)} == {None}
+
+
+def test_points_have_the_names_that_the_command_line_gives_them():
+    """Fails if the table shows a quality beside figures of another protocol."""
+    named = {point.quality: point for point in points_of("default", 728, 392, 203, 14) if point.quality}
+    assert named == {
+        "fast": Point("default", dtype="bfloat16", window_stride=392, quality="fast"),
+        "balanced": Point("default", dtype="bfloat16", window_stride=203, quality="balanced"),
+        "best": Point("default", "pytorch", "bfloat16", None, 203, (0.75, 1.0, 1.25), True, "best"),
+    }
+    assert "fast, balanced" in {point.quality for point in points_of("default", 512, None, None, 16)}
 
 
 def test_best_are_those_that_no_other_beats():
@@ -71,7 +83,7 @@ def test_the_command_measures_goes_on_and_writes(model, scenes, tmp_path, capsys
     again = json.loads((tmp_path / "out" / "tradeoff.json").read_text())
     assert again == record
     table = (tmp_path / "out" / "README.md").read_text()
-    assert table == render_tradeoff(record) and f"| 1 | {name} | 0 | {100 * point['mean_iou']:.2f} | yes |" in table
+    assert table == render_tradeoff(record) and f"| 1 | {name} | 0 | {100 * point['mean_iou']:.2f} | yes |  |" in table
     assert (tmp_path / "out" / "tradeoff.png").stat().st_size > 10_000
 
 
