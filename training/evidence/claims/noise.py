@@ -33,7 +33,8 @@ def measure_run_noise(plan: Plan, folder: Path, run: str, samples: SegmentationD
     model, image_processor = load_model(folder / "models" / run)
     images = list(spread(len(samples), plan.noise.images))
     sigmas = {"relative": plan.noise.relative, "absolute": plan.noise.absolute}
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # as the runs are trained and evaluated
+    # As the runs are trained and evaluated, but without a cache of rounded weights, which would have no noise.
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         photos = encode_photos(model, image_processor, samples, images, plan.size)
         found = measure_noise(model, photos, "attention-noise", sigmas, plan.noise.draws)
     by_level = {
