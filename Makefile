@@ -19,7 +19,7 @@ test: setup
 
 # The oldest releases that are supported, on the oldest Python that they support.
 PYTHON_LOWEST ?= python3.10
-LOWEST = torch==2.8.0 torchvision==0.23.0 transformers==5.20.2 datasets==5.0.1 evaluate==0.4.3 accelerate==1.3.0 \
+LOWEST = torch==2.8.0 torchvision==0.23.0 transformers==5.20.2 datasets==5.1.0 evaluate==0.4.3 accelerate==1.3.0 \
 	safetensors==0.8.0 pillow==11.3.0 pyyaml==6.0
 
 .venv-lowest/bin/depict: pyproject.toml

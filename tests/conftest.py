@@ -163,6 +163,12 @@ def save_labelled_by(folder: Path, model_folder: Path) -> Path:
     return save_split(folder, "test", images, labels)
 
 
+def enable_checkpointing(model: torch.nn.Module) -> None:
+    """Have activations computed again, by the name that the installed release of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)()
+
+
 def palette_image(ids: np.ndarray) -> PIL.Image.Image:
     """A label map as a palette image with colours for five classes."""
     image = PIL.Image.fromarray(ids, mode="P")

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pydoc
 import re
+import types
 
 import pytest
 
@@ -40,6 +41,8 @@ def public(name: str) -> dict:
     found = {}
     for each in getattr(module, "__all__", [each for each in own if not each.startswith("_")]):
         value = getattr(module, each)
+        if isinstance(value, types.GenericAlias):  # such as Callable[...], which Python 3.10 takes for a class
+            continue
         if inspect.isclass(value):
             methods = {key: item for key, item in vars(value).items() if inspect.isfunction(item) and key[0] != "_"}
             found |= {f"{each}.{key}": item for key, item in methods.items() if not overrides(value, key)}

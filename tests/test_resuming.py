@@ -203,7 +203,7 @@ def test_a_replacement_that_was_done_elsewhere_is_forgotten(arguments, tmp_path)
 def test_a_second_interrupt_ends_at_once(arguments, tmp_path):
     """Fails if it waits for a writer that hangs, as on a network drive that is gone."""
     code = """
-import sys, time
+import os, sys, time
 from depict_hf import results
 from depict_hf.cli import main
 def hang(*arguments):
@@ -304,11 +304,12 @@ def test_processes_that_share_photographs_stop_together(arguments, tmp_path):
     reference, out = tmp_path / "reference", tmp_path / "out"
     assert segment(arguments, reference) == 0
     slowly = """
-import sys, time
+import os, sys, time
 from depict_hf import results
 from depict_hf.cli import main
 write = results.ResultWriter.write
 def slow(*arguments):
+    open(os.path.join(os.path.dirname(__file__), "begun" + os.environ["RANK"]), "w").close()
     time.sleep(1)
     return write(*arguments)
 results.ResultWriter.write = slow
@@ -323,7 +324,7 @@ sys.exit(main(sys.argv[1:]))
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    while not list(out.glob("*.geojson")):
+    while not list(out.glob("*.geojson")) or len(list(tmp_path.glob("begun*"))) < 2:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)

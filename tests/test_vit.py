@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_model
+from conftest import enable_checkpointing, tiny_config, tiny_model
 
 from depict_hf import vit
 from depict_hf.conversion import load_encoder
@@ -100,7 +100,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(pixel_values, decoder_t
     for checkpointing in (False, True):
         model = tiny_model(decoder_type).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
             assert model.encoder.layers[0].gradient_checkpointing
         model(pixel_values, labels=labels).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})

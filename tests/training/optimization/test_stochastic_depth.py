@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import enable_checkpointing, tiny_model
 
 from training.optimization.stochastic_depth import draw, share_stochastic_depth
 
@@ -53,7 +53,7 @@ def test_a_pass_that_checkpointing_repeats_drops_the_same(model):
     for checkpointing in (False, True):
         model.zero_grad()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         logits(model, modules, images, range(2)).square().mean().backward()
         gradients.append([each.grad.clone() for each in model.parameters() if each.grad is not None])
     for checkpointed, plain in zip(*reversed(gradients), strict=True):
