@@ -54,11 +54,14 @@ needs_fake_cuda = pytest.mark.skipif(
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return how many processes share the tests: one for each core, up to four; 0, this one alone, for one module."""
+    """Return how many processes share the tests: 0, this one alone, for one module, else one more than there are cores.
+
+    Up to four; one more, since some tests wait for processes that they have started.
+    """
     modules = {argument.partition("::")[0] for argument in config.args}
     if len(modules) == 1 and modules.pop().endswith(".py"):
         return 0
-    return min(4, os.cpu_count() or 1)
+    return min(4, 1 + (os.cpu_count() or 1))
 
 
 def tiny_config(decoder_type: str = "sa", **overrides) -> DepictConfig:
