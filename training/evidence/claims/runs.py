@@ -157,6 +157,7 @@ def run_once(grid: Grid, decoder_type: str, learning_rate: float, seed: int, dat
     if not is_trial:
         counts["test"] = evaluate_part(part, data.test)
         folder = grid.folder / "models" / run
+        model.config.backbone_config._name_or_path = ""  # where the encoder lay on this machine
         model.save_pretrained(folder)
         build_image_processor(recipe).save_pretrained(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
