@@ -11,8 +11,9 @@ class PlainAttention(TorchFunctionMode):
     """A context in which `scaled_dot_product_attention` is two matrix products and a softmax.
 
     It computes the same up to rounding, and keeps all attention weights for the backward pass: count * count numbers
-    for each head and example. With bfloat16 and eight squares of 401 tokens, a whole training step of
-    the last four blocks of a ViT-S took about a quarter less time on one busy core. Calls with a mask, dropout or causal order go the usual way.
+    for each head and example. With bfloat16 and eight squares of 401 tokens, a whole training step of the last four
+    blocks of a ViT-S took about a quarter less time on one busy core. Calls with a mask, dropout or causal order go the
+    usual way.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
