@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -157,7 +157,8 @@ def run_once(grid: Grid, decoder_type: str, learning_rate: float, seed: int, dat
     if not is_trial:
         counts["test"] = evaluate_part(part, data.test)
         folder = grid.folder / "models" / run
-        model.config.backbone_config._name_or_path = ""  # where the encoder lay on this machine
+        if model.config.backbone_config is not None:  # where the encoder lay is of no use elsewhere
+            cast(Any, model.config.backbone_config)._name_or_path = ""
         model.save_pretrained(folder)
         build_image_processor(recipe).save_pretrained(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
