@@ -29,6 +29,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 DECODER_TYPES = ("sa", "ca", "cbsa", "mask_transformer", "linear")
+# Of models that are compiled, which takes seconds a layer.
+ONE_LAYER = {"num_hidden_layers": 1, "decoder_num_layers": 1, "decoder_cross_num_layers": 1}
 CLASSES = ("sky", "road", "tree", "car", "pole")
 # Of a recipe, for two epochs of two steps on the photographs of `dataset_folder`.
 FIELDS = [

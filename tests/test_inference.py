@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import DECODER_TYPES, ONE_LAYER, tiny_model
 from packaging.version import Version
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -234,13 +234,16 @@ def test_what_finishing_raises_is_not_swallowed(photo, image_processor, tmp_path
         list(segment_files(tiny_model(), image_processor, [tmp_path / "photo.png"], finish))
 
 
-@pytest.mark.parametrize("windows", [{}, {"window_size": 32, "window_stride": 20}])
-def test_a_compiled_model_is_not_compiled_anew_for_each_photograph(windows, image_processor, decoder_type):
+@pytest.mark.parametrize(
+    ("decoder_type", "windows"),
+    [*((each, {}) for each in DECODER_TYPES), ("sa", {"window_size": 32, "window_stride": 20})],
+)
+def test_a_compiled_model_is_not_compiled_anew_for_each_photograph(decoder_type, windows, image_processor):
     """No graph breaks, and three graphs: one for the first size, one for any, one for square images or single ones.
 
     Up to PyTorch 2.9 it is one more.
     """
-    model = tiny_model(decoder_type, **windows)
+    model = tiny_model(decoder_type, **ONE_LAYER, **windows)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     sizes = [(50, 70), (70, 50), (64, 90), (41, 41), (45, 97), (80, 60), (33, 120), (52, 52), (100, 47)]

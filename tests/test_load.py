@@ -19,19 +19,18 @@ from depict_hf.inference import segment
 
 # Segments a folder in this process, and prints what it holds at the beginning and the end of every fifth of the run.
 MEASURING = """
-import os, sys
+import itertools, os, sys
 from pathlib import Path
 import depict_hf.results as results
 from depict_hf.cli import main
 
-written, count = [0], int(sys.argv[1])
+written, count = itertools.count(1), int(sys.argv[1])  # files are written by several threads
 write = results.ResultWriter.write
 def write_and_measure(self, *args, **kwargs):
     outcome = write(self, *args, **kwargs)
-    written[0] += 1
-    if written[0] % (count // 5) == 0:
+    if next(written) % (count // 5) == 0:
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        print("held", resident, len(os.listdir("/proc/self/fd")), file=sys.stderr)
+        sys.stderr.write(f"held {resident} {len(os.listdir('/proc/self/fd'))}\\n")
     return outcome
 results.ResultWriter.write = write_and_measure
 sys.exit(main(["segment", "photos", "--model", "model", "--format", "png", "--json", "--dtype", "float32"]))

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_model
+from conftest import DECODER_TYPES, ONE_LAYER, tiny_config, tiny_model
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForSemanticSegmentation,
@@ -116,10 +116,17 @@ def test_labels_that_are_no_class_are_refused_in_compiled_models_too(pixel_value
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("windows", [{}, {"window_size": 32, "window_stride": 20}])
-def test_a_compiled_model_takes_any_size(windows, decoder_type):
+@pytest.mark.parametrize(
+    ("decoder_type", "windows"),
+    [
+        ("sa", {}),
+        ("mask_transformer", {}),
+        *((each, {"window_size": 32, "window_stride": 20}) for each in DECODER_TYPES),
+    ],
+)
+def test_a_compiled_model_takes_any_size(decoder_type, windows):
     """Padding, merging and cropping as without compiling, without a graph break."""
-    model = tiny_model(decoder_type, **windows)
+    model = tiny_model(decoder_type, **ONE_LAYER, **windows)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=not windows)
     for size in ((30, 41), (37, 70)):
         image = torch.randn(1, 3, *size)

@@ -57,8 +57,12 @@ def assert_same_weights(folder: Path, expected: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["batch_size=4", "accumulation_steps=1"], ["batch_size=4", "accumulation_steps=2", "class_balance=1"]],
-    ids=["plain", "accumulated and weighted"],
+    [
+        pytest.param(
+            ["batch_size=4", "accumulation_steps=1"], id="plain", marks=pytest.mark.slow
+        ),  # less than the other one
+        pytest.param(["batch_size=4", "accumulation_steps=2", "class_balance=1"], id="accumulated and weighted"),
+    ],
 )
 def test_two_processes_train_as_one(dataset_folder, backbone_folder, tmp_path, options):
     """Crops have unequal numbers of labelled pixels, so a mean of the processes' means would differ.

@@ -28,8 +28,8 @@ def test_all_tutorials_are_listed():
     assert [name for name in SEEN if f"training.tutorials.{name}`" not in page] == []
 
 
-# These train or export a model of real size, about half a minute each on one core.
-LONG = {"dinov3_backbone", "onnx_without_torch", "own_classes"}
+# These train, export or read a model of real size, about half a minute each on one core.
+LONG = {"dinov3_backbone", "onnx_without_torch", "own_classes", "white_box"}
 
 
 def runs() -> list:
