@@ -6,6 +6,7 @@ Under `accelerate launch` or, on CPUs too, `torchrun`, processes share the image
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -37,7 +38,9 @@ from .evaluation import (
     evaluate_under,
     load_samples,
     load_with_overrides,
+    open_shared_samples,
     parse_corruptions,
+    read_shared_classes,
     render_table,
     save_sheet,
     settings,
@@ -78,6 +81,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m training.eval
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("model", help="folder or Hub name of a model with its image processor")
     add_data_arguments(parser)
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="for data with other classes: JSON from classes of the model to lists of those of the data that mean the "
+        "same; these alone are scored",
+    )
     parser.add_argument(
         "--corruption",
         nargs="+",
@@ -142,6 +152,8 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict:
         OSError: If model, data or metric cannot be had.
         ValueError: If arguments do not fit each other or the data.
     """
+    if arguments.metric == "evaluate" and arguments.classes:
+        raise ValueError("Got --metric evaluate with --classes; that metric scores all classes, leave one of them out.")
     corruptions = parse_corruptions(arguments.corruption)
     protocol, execution = settings(arguments, state)
     sheet = check_sheet(arguments.contact_sheet)
@@ -153,7 +165,11 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict:
     check_outputs(arguments, state, diagram, *sheets.values())
     model, image_processor = load_with_overrides(arguments, arguments.model, state)
     names = class_names(model.config)
-    samples = load_samples(arguments, names, bool(image_processor.do_reduce_labels), state)
+    if arguments.classes is None:
+        samples = load_samples(arguments, names, bool(image_processor.do_reduce_labels), state)
+    else:
+        samples, scored = open_shared_samples(arguments, names, state)
+        protocol = replace(protocol, classes=scored)
     metric = None
     if arguments.metric == "evaluate":
         metric = EvaluateMeanIoU(samples.num_labels, IGNORE_LABEL, arguments.metric_script)
@@ -173,6 +189,8 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict:
     score_observers = [CalibrationObserver(list(calibrations.values()))] if calibrations else []
     passes = (protocol, execution, observers, score_observers)
     record = evaluate_under(corruptions, model, image_processor, samples, *passes)
+    if arguments.classes:
+        record["protocol"]["classes"] = read_shared_classes(arguments.classes)
     record |= {"model": arguments.model, "dataset": arguments.dataset, "split": arguments.split}
     for name, calibration in calibrations.items():
         calibration.reduce(state)

@@ -39,6 +39,7 @@ from .records import (
     write_whole,
 )
 from .report import draw_curves, render_report
+from .shared_classes import open_shared_samples, read_shared_classes
 from .temperature import PixelSample, figures_at, fit_temperature
 from .worst_images import WorstImages, check_sheet, save_sheet
 
@@ -81,9 +82,11 @@ __all__ = [
     "load_with_overrides",
     "log_slope",
     "matrix_product",
+    "open_shared_samples",
     "parse_corruptions",
     "peak_extra_bytes",
     "percent",
+    "read_shared_classes",
     "render_report",
     "render_table",
     "sample_picture",

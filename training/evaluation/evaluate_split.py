@@ -41,12 +41,15 @@ class Protocol:
         scales, flip: As for `depict_hf.inference.segment`.
         corruption: Applied to the photographs: a `Corruption`, or another change of them that `str` names.
         max_images: Evaluate at most so many, evenly spaced over the split.
+        classes: Ids of the classes that are scored, None for all; what is labelled otherwise is ignored, and what is
+            taken for another class is wrong.
     """
 
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     corruption: Corruption | PhotoChange | None = None
     max_images: int | None = None
+    classes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,14 @@ def evaluate(
     watchers = (observers, score_observers)
     confusion, measured = _count(model, image_processor, samples, indices, protocol, execution, *watchers)
     left_out = sorted(index for each in measured for index in each["left_out"])
-    results = scores(confusion)
+    scored = range(len(names)) if protocol.classes is None else protocol.classes
+    results = scores(_among(confusion, scored))
     return {
         "metric": "mean IoU",
         "metric_definition": METRIC_DEFINITION,
         **{name: _number(results[name]) for name in ("mean_iou", "mean_accuracy", "overall_accuracy")},
-        "per_class_iou": _by_name(names, results["per_category_iou"]),
-        "per_class_accuracy": _by_name(names, results["per_category_accuracy"]),
+        "per_class_iou": {names[each]: _number(results["per_category_iou"][each]) for each in scored},
+        "per_class_accuracy": {names[each]: _number(results["per_category_accuracy"][each]) for each in scored},
         "protocol": {
             "size": {key: value for key, value in dict(image_processor.size).items() if value is not None},
             "window_size": model.config.window_size,
@@ -318,10 +322,16 @@ def spread(count: int, at_most: int | None) -> list[int]:
     return [position * count // kept for position in range(kept)]
 
 
-def _by_name(names: list[str], values) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in zip(names, values.tolist(), strict=True)}
+def _among(confusion: Tensor, classes: Sequence[int]) -> Tensor:
+    """Return a confusion matrix as of `MeanIoU` in which other classes are neither labelled nor told from none."""
+    others = [each for each in range(len(confusion) - 1) if each not in classes]
+    confusion = confusion.clone()
+    confusion[others] = 0
+    confusion[:, -1] += confusion[:, others].sum(dim=1)
+    confusion[:, others] = 0
+    return confusion
 
 
 def _number(value: float) -> float | None:
     """JSON has no NaN."""
-    return None if math.isnan(value) else value
+    return None if math.isnan(value) else float(value)
