@@ -107,7 +107,7 @@ def load_dataset_runs(plan: Plan, folder: Path) -> tuple[dict[str, list[dict]], 
 
 
 def summarize(plan: Plan, decoder: str, runs: Sequence[dict]) -> dict[str, Any]:
-    """Return rate, trials, scores by seed with mean and deviation, losses, and seconds of one decoder's runs."""
+    """Return rate, trials, scores by seed with mean and deviation, losses, and the fastest seed's seconds."""
     trials = {run["learning_rate"]: run["validation"]["mean_iou"] for run in runs if run["trial"]}
     seeds = {run["seed"]: run for run in runs if not run["trial"]}
     best = best_rate(trials) if trials else None
@@ -124,7 +124,8 @@ def summarize(plan: Plan, decoder: str, runs: Sequence[dict]) -> dict[str, Any]:
         "seeds": sorted(seeds),
         **scores,
         "test_by_seed": {str(seed): run["test"]["mean_iou"] for seed, run in sorted(seeds.items())},
-        "training_seconds": spread([run["seconds"]["training"] for run in seeds.values()]),
+        # Other work on the machine, and pauses, only ever add to it.
+        "training_seconds": min((run["seconds"]["training"] for run in seeds.values()), default=None),
         "losses": [round(statistics.fmean(each), 5) for each in zip(*losses, strict=True)],
     }
 
