@@ -95,6 +95,28 @@ def camvid_dinov2_small_finetuned(decoder_type: str) -> Recipe:
     )
 
 
+def camvid_dinov2_small_refined(decoder_type: str) -> Recipe:
+    """The model of `camvid_dinov2_small_finetuned`, trained further with its whole encoder at the size of evaluation.
+
+    Commands, where START is the output of `camvid_dinov2_small_finetuned_sa`; the default model is the mean of both:
+
+        python -m training.train camvid_dinov2_small_refined_sa DATASET FIRST start_from=START seed=1
+        python -m training.train camvid_dinov2_small_refined_sa DATASET SECOND start_from=START seed=2 \\
+            drop_path_rate=0.1 dice_weight=0.3
+        python -m training.average OUT FIRST SECOND
+    """
+    return camvid_dinov2_small_finetuned(decoder_type).replace(
+        name=f"camvid_dinov2_small_refined_{decoder_type}",
+        frozen_encoder_blocks=0,
+        size=868,
+        final_size=868,
+        scale_range=(0.5, 1.6),
+        average_decay=0.995,
+        epochs=21,
+        evaluate_every_epochs=21,
+    )
+
+
 def _paper(
     name: str,
     decoder_type: str,
@@ -243,7 +265,7 @@ _PAPER_ROWS = (
 RECIPES: dict[str, Callable[[], Recipe]] = {
     **{
         f"{row.__name__}_{kind}": partial(row, kind)
-        for row in (camvid_dinov2_small, camvid_dinov2_small_finetuned)
+        for row in (camvid_dinov2_small, camvid_dinov2_small_finetuned, camvid_dinov2_small_refined)
         for kind in CAMVID_DECODERS
     },
     **{f"{row.__name__}_{kind}": partial(row, kind) for row in _PAPER_ROWS for kind in PAPER_DECODERS},

@@ -169,7 +169,8 @@ def _indexed(name: str, record: Mapping[str, Any], card: Mapping[str, Any]) -> l
         for kind, label in labels.items()
         if record.get(kind) is not None
     ]
-    dataset = card.get("dataset") or {}
+    # The card's data are those of the model's own classes; a table of classes stands for other data.
+    dataset = {} if record["protocol"].get("classes") else card.get("dataset") or {}
     source = Path(str(record.get("dataset") or "unknown"))
     kind = dataset.get("type") or (source.name if source.is_absolute() else str(source))
     described = {"type": kind, "name": dataset.get("name") or kind, "split": record["split"]}

@@ -204,10 +204,13 @@ def _protocol(record: Mapping[str, Any], name: str) -> str:
     windows = f"windows of {protocol['window_size']} at stride {protocol['window_stride'] or protocol['window_size']}"
     scales = ", ".join(f"{scale:g}" for scale in protocol["scales"])
     mirrored = " and their mirror images" if protocol["flip"] else ""
+    classes = protocol.get("classes")
+    shared = f" over the {len(classes)} classes that both have" if classes else ""
+    sizes = f"sizes: {sides}; {windows if protocol['window_size'] else 'whole images'}; scales {scales}{mirrored}"
     return (
-        f"- mIoU {percent(record['mean_iou']).strip()} on {record['num_images']} images of the {record['split']} split "
-        f"({name + '; ' if name else ''}sizes: {sides}; {windows if protocol['window_size'] else 'whole images'}; "
-        f"scales {scales}{mirrored}; {record['precision']}); {record['metric_definition']}."
+        f"- mIoU {percent(record['mean_iou']).strip()}{shared} on {record['num_images']} images of the "
+        f"{record['split']} split ({name + '; ' if name else ''}{sizes}; {record['precision']}); "
+        f"{record['metric_definition']}."
     )
 
 

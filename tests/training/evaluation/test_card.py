@@ -73,6 +73,19 @@ def test_several_scales_and_a_note(tmp_path):
     assert "- mIoU 50.00 on 233" in text and "whole images; scales 0.5, 1.75 and their mirror images" in text
 
 
+def test_figures_on_other_data_are_not_said_of_the_models_own(tmp_path):
+    """Fails if an evaluation with a table of classes enters `model-index` under the data set of the card."""
+    record = records(tmp_path)
+    (tmp_path / "card.json").write_text(json.dumps({"dataset": {"type": "streets", "name": "Streets"}}))
+    table = {"road": ["lane", "road"], "sky": ["sky"]}
+    other = record | {"mean_iou": 0.6, "dataset": "me/facades", "protocol": record["protocol"] | {"classes": table}}
+    (tmp_path / "evaluation_facades.json").write_text(json.dumps(other))
+    text = write_card(tmp_path).read_text()
+    found = {each.metric_value: each.dataset_type for each in ModelCard(text).data.eval_results}
+    assert (found[45.67], found[60.0]) == ("streets", "me/facades")
+    assert "- mIoU 60.00 over the 2 classes that both have on 233 images of the test split (facades; " in text
+
+
 def test_records_are_needed(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"recipe\.json"):
         write_card(tmp_path)
