@@ -25,6 +25,7 @@ from depict_hf.writing import check_folder, whole_folder
 FREE_FIELDS = {
     "_name_or_path",
     "attention_probs_dropout_prob",
+    "auto_map",
     "decoder_drop_path_rate",
     "decoder_dropout",
     "drop_path_rate",
