@@ -103,12 +103,14 @@ def test_the_readme_shows_the_default_models_record():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "model_cards").glob("*/evaluation_*.json")), ids=lambda path: path.stem)
-def test_other_precisions_are_those_measured(path):
-    """In the README and on the card; every one was measured on the images of the card's own record."""
+def test_further_evaluations_are_those_measured(path):
+    """On the card, and in the README but for corruptions; on the images of `evaluation.json`, or on other data."""
     record, whole = (json.loads(each.read_text(encoding="utf-8")) for each in (path, path.parent / "evaluation.json"))
-    assert record["num_images"] == whole["num_images"]
     figure = percent(record["mean_iou"]).strip()
-    assert figure in README and figure in (path.parent / "README.md").read_text(encoding="utf-8")
+    assert figure in (path.parent / "README.md").read_text(encoding="utf-8")
+    if not record.get("corruptions"):
+        assert record["num_images"] == whole["num_images"] or record["protocol"].get("classes")
+        assert figure in README
 
 
 def test_the_default_model_is_calibrated_as_its_card_says():
@@ -118,7 +120,7 @@ def test_the_default_model_is_calibrated_as_its_card_says():
     assert DepictConfig.from_pretrained(DEFAULT_MODEL).temperature == record["temperature"]
     assert record["split"] == "validation"
     card = (folder / "README.md").read_text(encoding="utf-8")
-    test = json.loads((folder / "evaluation_as_shipped.json").read_text(encoding="utf-8"))
+    test = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     measured = [(record, record[name]) for name in ("before", "after")]
     measured += [(test, test[name]) for name in ("uncalibrated", "calibration")]
     for (each, figures), temperature in zip(measured, 2 * [1, record["temperature"]], strict=True):
@@ -133,6 +135,8 @@ def test_the_default_model_is_calibrated_as_its_card_says():
             percent(area).strip(),
         )
         assert f"| {' | '.join(cells)} |" in card
+    error = percent(test["calibration"]["expected_calibration_error"]).strip()
+    assert f"Its expected calibration error there is {error} %." in README
     for split in ("validation", "test"):
         assert f"(calibration_{split}.png)" in card and (folder / f"calibration_{split}.png").is_file()
 

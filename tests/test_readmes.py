@@ -93,6 +93,9 @@ def reader(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "tests" / "data" / "published" / "ca_vit", folder / "CHECKPOINT")
     save_shallow_default(folder / "default")
     (folder / "camvid").symlink_to(folder / "DATASET")
+    save_scenes(folder / "FACADES", 32, 48, {"test": 2})
+    (folder / "FACADES" / "classes.txt").write_text("sky\nbuilding\ndoor\nroad\nvarious\n")
+    (folder / "CLASSES").write_text('{"sky": ["sky"], "building": ["building", "door"]}')
     for decoder_type in ("sa", "ca", "cbsa", "mask_transformer", "linear"):
         for seed in range(2):
             save_model(folder / f"{decoder_type}_seed{seed}", decoder_type)
@@ -173,7 +176,7 @@ def small(command: str, arguments: list[str]) -> list[str]:
     if "--quality" in result:  # of the model shipped, at half of its size
         result += ["--size", "392"]
     added = ADDED.get(command, [])
-    output = next((each for each in result if each in ("OUT", "START", "OUTPUT", "FOLDER")), None)
+    output = next((each for each in result if each in ("OUT", "START", "MIDDLE", "OUTPUT", "FOLDER")), None)
     if output and command in ("training.train", "training.compare", "train", "convert", "export"):
         shutil.rmtree(output, ignore_errors=True)
         # Fields come before options, some of which would take them for further values.

@@ -98,12 +98,12 @@ def camvid_dinov2_small_finetuned(decoder_type: str) -> Recipe:
 def camvid_dinov2_small_refined(decoder_type: str) -> Recipe:
     """The model of `camvid_dinov2_small_finetuned`, trained further with its whole encoder at the size of evaluation.
 
-    Commands, where START is the output of `camvid_dinov2_small_finetuned_sa`; the default model is the mean of both:
+    Command, where START is the output of `camvid_dinov2_small_finetuned_sa`; with seed 2 it made the default model:
 
-        python -m training.train camvid_dinov2_small_refined_sa DATASET FIRST start_from=START seed=1
-        python -m training.train camvid_dinov2_small_refined_sa DATASET SECOND start_from=START seed=2 \\
-            drop_path_rate=0.1 dice_weight=0.3
-        python -m training.average OUT FIRST SECOND
+        python -m training.train camvid_dinov2_small_refined_sa DATASET OUTPUT start_from=START seed=2
+
+    Measured for "sa": 74.2 mIoU on the test split with windows at stride 203 (80.8 on validation); 720 of its 945 steps
+    took 49 minutes on two CPU cores with bfloat16 instructions.
     """
     return camvid_dinov2_small_finetuned(decoder_type).replace(
         name=f"camvid_dinov2_small_refined_{decoder_type}",
@@ -111,6 +111,8 @@ def camvid_dinov2_small_refined(decoder_type: str) -> Recipe:
         size=868,
         final_size=868,
         scale_range=(0.5, 1.6),
+        drop_path_rate=0.1,
+        dice_weight=0.3,
         average_decay=0.995,
         epochs=21,
         evaluate_every_epochs=21,

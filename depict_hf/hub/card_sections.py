@@ -78,15 +78,18 @@ def calibration(records: "Records") -> list[str]:
 
 def robustness(records: "Records") -> list[str]:
     """Corrupted photographs, and what noise and the like do, each from its record."""
-    lines = []
-    corruptions = next(iter(records.evaluations.values()), {}).get("corruptions") or []
-    if corruptions:
+    lines: list[str] = []
+    for name, record in records.evaluations.items():
         rows = [
             [f"{each['corruption']}, severity {each['severity']}"]
-            + [percent(each[name]).strip() for name in ("mean_iou", "retention")]
-            for each in corruptions
+            + [percent(each[figure]).strip() for figure in ("mean_iou", "retention")]
+            for each in record.get("corruptions") or ()
         ]
-        lines += [*pipe_table(["corruption", "mIoU (%)", "retained (%)"], rows)]
+        if rows:
+            lines += [*([""] if lines else []), f"On {record['num_images']} images of the {record['split']} split:", ""]
+            untouched = ["none", percent(record["mean_iou"]).strip(), "100.00"]
+            lines += pipe_table(["corruption", "mIoU (%)", "retained (%)"], [untouched, *rows])
+            lines += ["", f"The record is `evaluation{f'_{name}'.replace(' ', '_') if name else ''}.json`."]
     verdict = records.get("robustness").get("verdict")
     if verdict:
         lines += [*([""] if lines else []), f"{verdict} `robustness.json` is the record."]

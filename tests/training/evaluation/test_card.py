@@ -86,6 +86,18 @@ def test_figures_on_other_data_are_not_said_of_the_models_own(tmp_path):
     assert "- mIoU 60.00 over the 2 classes that both have on 233 images of the test split (facades; " in text
 
 
+def test_corruptions_may_have_an_evaluation_of_their_own(tmp_path):
+    """Fails if a table of corruptions hides on how few images it was measured."""
+    record = records(tmp_path)
+    under = {"corruption": "fog", "severity": 3, "mean_iou": 0.25, "retention": 0.625}
+    few = record | {"mean_iou": 0.4, "num_images": 58, "corruptions": [under]}
+    (tmp_path / "evaluation_on_few_images.json").write_text(json.dumps(few))
+    section = write_card(tmp_path).read_text().partition("## Robustness\n\n")[2].splitlines()
+    assert section[0] == "On 58 images of the test split:"
+    assert section[4:6] == ["| none | 40.00 | 100.00 |", "| fog, severity 3 | 25.00 | 62.50 |"]
+    assert section[7] == "The record is `evaluation_on_few_images.json`."
+
+
 def test_records_are_needed(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"recipe\.json"):
         write_card(tmp_path)
