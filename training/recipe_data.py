@@ -63,6 +63,7 @@ def build_augmentation(recipe: Recipe) -> TrainingAugmentation:
         long_side_factor=recipe.data.long_side_factor,
         scale_range=recipe.data.scale_range,
         photometric=recipe.data.photometric,
+        degradation=recipe.data.degradation,
     )
 
 

@@ -40,6 +40,12 @@ class DataSection(Section):
     scale_range: tuple[float, float] = setting("Bounds of the random ratio in training.", (0.5, 2.0))
     crop_size: int = setting("Side of training squares in pixels.", least=1, most=MOST_SIZE)
     photometric: bool = setting("Whether colours are distorted in training.", True)
+    degradation: float = setting(
+        "Probability with which a training square is blurred, noisy, grey, tinted or compressed, too.",
+        0.0,
+        least=0,
+        most=1,
+    )
     cache_features: bool = setting(
         "Whether a frozen encoder computes its outputs once, on whole images of `size` and on their mirror images; "
         "training squares are then cut from those outputs, without random scale and colours.",

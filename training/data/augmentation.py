@@ -26,6 +26,7 @@ class TrainingAugmentation:
         long_side_factor: The longer side is at most this times `size` at ratio 1.
         scale_range: Bounds of the uniform random ratio.
         photometric: Whether to distort colours.
+        degradation: Probability of `degrade` after that, which is no part of the published pipeline.
 
     Source:
         segm/data/config/ade20k.py in rstrudel/segmenter@20d1bfa (pipeline of mmsegmentation 0.14). There, too, what
@@ -37,6 +38,7 @@ class TrainingAugmentation:
     long_side_factor: float = 4.0
     scale_range: tuple[float, float] = (0.5, 2.0)
     photometric: bool = True
+    degradation: float = 0.0
 
     def __call__(self, image: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw one square.
@@ -55,6 +57,8 @@ class TrainingAugmentation:
             # Colour steps are several times as fast on channels that lie apart in memory.
             image = image.to(torch.float32, memory_format=torch.contiguous_format)
             image = photometric_distortion(image, generator).round_().to(torch.uint8)
+        if self.degradation and _uniform(0, 1, generator) < self.degradation:
+            image = degrade(image, generator)
         input_size = torch.tensor(labels.shape)
         image, labels = pad(image, labels, self.crop_size)
         return {"pixel_values": image, "labels": labels, "input_size": input_size}
@@ -176,6 +180,32 @@ def photometric_distortion(image: Tensor, generator: torch.Generator) -> Tensor:
     if not contrast_first:
         image = _random_contrast(image, generator)
     return image
+
+
+def degrade(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Do one of five things to a photograph that other cameras, weather and files do, each as likely as the others.
+
+    Args:
+        image: uint8 `(3, height, width)`.
+
+    Returns:
+        uint8, of the same shape: blurred (Gaussian, sigma of 0.5 to 2.5 pixels), with Gaussian noise (deviation of 4
+        to 32 grey levels), without colour, with each channel times 0.7 to 1.3, or compressed (JPEG, quality of 15 to
+        70).
+    """
+    kind = int(torch.randint(5, (), generator=generator))
+    if kind == 0:
+        kernel = [2 * min(4, side - 1) + 1 for side in image.shape[:0:-1]]  # mirrored at edges, so within the image
+        return tvf.gaussian_blur(image, kernel, [_uniform(0.5, 2.5, generator)])
+    if kind == 1:
+        noise = torch.randn(image.shape, generator=generator) * _uniform(4, 32, generator)
+        return (image + noise).round_().clamp_(0, 255).to(torch.uint8)
+    if kind == 2:
+        return tvf.rgb_to_grayscale(image, num_output_channels=3)
+    if kind == 3:
+        gains = torch.tensor([_uniform(0.7, 1.3, generator) for _ in range(3)]).view(3, 1, 1)
+        return (image * gains).round_().clamp_(0, 255).to(torch.uint8)
+    return tvf.jpeg(image.contiguous(), quality=int(torch.randint(15, 71, (), generator=generator)))
 
 
 def scale_saturation(image: Tensor, factor: float) -> Tensor:

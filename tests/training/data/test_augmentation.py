@@ -8,6 +8,7 @@ import torch
 from training.data.augmentation import (
     Normalization,
     TrainingAugmentation,
+    degrade,
     pad,
     photometric_distortion,
     random_crop,
@@ -133,6 +134,46 @@ def test_photometric_distortion_turns_hue_by_at_most_a_tenth():
     assert -0.1 - 1e-3 < min(hues) < -0.08
     assert 0.08 < max(hues) < 0.1 + 1e-3
     assert 0.35 < sum(abs(hue) < 1e-4 for hue in hues) / len(hues) < 0.65
+
+
+def test_a_degraded_photograph_is_blurred_noisy_grey_tinted_or_compressed():
+    """Each kind about as often as the others, told by what it does to a flat colour and to a step."""
+    image = torch.tensor([200, 60, 100], dtype=torch.uint8).view(3, 1, 1).repeat(1, 16, 32)
+    image[:, :, 16:] = image[:, :, 16:] // 2
+    counts = dict.fromkeys(("blurred", "noisy", "grey", "tinted", "compressed"), 0)
+    for seed in range(200):
+        found = degrade(image, seeded(seed))
+        assert found.dtype == torch.uint8 and found.shape == image.shape
+        spread = found[:, :, :4].float().std(dim=(1, 2)).max()
+        if (found[0] == found[1]).all():
+            counts["grey"] += 1
+        elif spread > 3:
+            counts["noisy"] += 1
+            assert (found.float() - image).abs().mean() < 32
+        elif ((found[:, :, :4].float() - image[:, :, :4]).abs().amax(dim=(1, 2)) > 6).any():
+            counts["tinted"] += 1
+            gains = found[:, 0, 0] / image[:, 0, 0]
+            assert gains.min() > 0.69 and gains.max() < 1.31
+        elif (found[:, :, :8] == image[:, :, :8]).all():
+            counts["blurred"] += 1
+            assert image[0, 0, 16] < found[0, 0, 16] < found[0, 0, 15] < image[0, 0, 15]
+        else:
+            counts["compressed"] += 1
+    assert min(counts.values()) > 20, counts
+
+
+def test_degradation_is_as_probable_as_said_and_draws_nothing_where_it_is_not(sample):
+    plain = {"size": 48, "crop_size": 40, "photometric": False, "scale_range": (1.0, 1.0)}
+    pairs = [
+        [TrainingAugmentation(**plain, degradation=share)(*sample, seeded(seed)) for share in (0.0, 0.5)]
+        for seed in range(60)
+    ]
+    changed = sum(not torch.equal(one["pixel_values"], other["pixel_values"]) for one, other in pairs)
+    assert 15 < changed < 40
+    assert all(torch.equal(one["labels"], other["labels"]) for one, other in pairs)
+    small = sample[0][:, :3, :2], sample[1][:3, :2]
+    for seed in range(20):
+        TrainingAugmentation(size=2, crop_size=4, degradation=1.0)(*small, seeded(seed))
 
 
 def test_what_is_padded_is_zero_after_normalisation():
