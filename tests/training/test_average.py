@@ -5,6 +5,7 @@ import torch
 from conftest import save_model
 from safetensors.torch import load_file, save_file
 
+from depict_hf.hub import save_half_precision
 from depict_hf.loading import load_model
 from training.average import average, main
 
@@ -40,6 +41,16 @@ def test_every_weight_is_the_mean_and_the_rest_is_the_firsts(models, tmp_path, c
 def test_the_mean_of_equal_models_is_that_model(models, tmp_path):
     weights = average(tmp_path / "out", [models[0]] * 3).state_dict()
     assert all(torch.equal(weights[name], each) for name, each in load_model(models[0])[0].state_dict().items())
+
+
+def test_a_model_may_be_stored_without_the_code_that_travels_along(models, tmp_path):
+    """As the model shipped is; fails if it counts as one of another kind."""
+    save_half_precision(models[1], tmp_path / "half")
+    assert "auto_map" not in (tmp_path / "half" / "config.json").read_text()
+    means = average(tmp_path / "out", [models[0], str(tmp_path / "half")]).state_dict()
+    first, half = (load_model(each)[0].state_dict() for each in (models[0], tmp_path / "half"))
+    for name, mean in means.items():
+        torch.testing.assert_close(mean, (first[name] + half[name]) / 2, msg=name)
 
 
 @pytest.mark.parametrize(
