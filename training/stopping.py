@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT: a command ends in one line that says how to go on, training not before its step is saved."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -100,13 +101,15 @@ def survive(worker: int) -> None:
     its end. Where no sender can be told (macOS, Windows), it ends at any SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    # Not os.getppid(): from Python 3.14 on, such processes are forked from a server.
+    parent = multiprocessing.parent_process()
+    if parent is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
 

@@ -140,6 +140,22 @@ def test_a_second_sigint_ends_at_once():
     assert "a second Ctrl-C ends at once" in finished.stderr
 
 
+@pytest.mark.parametrize("method", ["fork", "forkserver"])  # the second is Python's own choice from 3.14 on
+def test_a_process_that_reads_data_ends_with_the_one_that_started_it(method):
+    """Else a run never ends, since Python waits for such processes after it has sent them SIGTERM."""
+    code = (
+        "from torch.utils.data import DataLoader\n"
+        "from training.stopping import survive\n"
+        "options = dict(num_workers=1, persistent_workers=True, worker_init_fn=survive)\n"
+        f"loader = DataLoader(range(3), multiprocessing_context={method!r}, **options)\n"
+        "print([each.item() for each in loader])"
+    )
+    # Threads of a library for sums would take the signal in place of the thread that waits for it.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "[0, 1, 2]"), ended.stderr
+
+
 def test_ignored_signals_stay_ignored():
     """As `nohup` and shells leave SIGINT to what runs in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
