@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m training.eval
     )
     parser.add_argument(
         "--corruption",
+        action="extend",
         nargs="+",
         default=[],
         metavar="NAME[:SEVERITY]",

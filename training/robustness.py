@@ -66,7 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="models of one kind and several training seeds, in the same order of seeds in every group",
     )
     parser.add_argument(
-        "--perturb", nargs="+", choices=SECTIONS, metavar="KIND", help=f"some of {', '.join(SECTIONS)} (corruptions)"
+        "--perturb",
+        action="extend",
+        nargs="+",
+        choices=SECTIONS,
+        metavar="KIND",
+        help=f"some of {', '.join(SECTIONS)} (corruptions)",
     )
     parser.add_argument(
         "--card", type=Path, metavar="DIR", help="folder for record, card and figure; keeps kinds measured before"

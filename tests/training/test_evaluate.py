@@ -297,7 +297,7 @@ def samples_of(folder) -> SegmentationDataset:
 
 def test_corruptions_and_their_contact_sheets(loaded, model_folder, labelled_folder, tmp_path, capsys):
     output, sheet = tmp_path / "record.json", tmp_path / "sheets" / "worst.png"
-    options = ["--corruption", "contrast:5", "brightness:1", "--batch-size", 1]
+    options = ["--corruption", "contrast:5", "--corruption", "brightness:1", "--batch-size", 1]
     written = ["--output", output, "--contact-sheet", sheet, "--worst", 2]
     assert run_command(model_folder, labelled_folder, *options, *written) == 0
     record = json.loads(output.read_text())
