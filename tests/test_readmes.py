@@ -176,8 +176,9 @@ def small(command: str, arguments: list[str]) -> list[str]:
     if "--quality" in result:  # of the model shipped, at half of its size
         result += ["--size", "392"]
     added = ADDED.get(command, [])
-    output = next((each for each in result if each in ("OUT", "START", "MIDDLE", "OUTPUT", "OTHER", "FOLDER")), None)
-    if output and command in ("training.train", "training.compare", "train", "convert", "export"):
+    outputs = ("OUT", "START", "MIDDLE", "OUTPUT", "OTHER", "MEAN", "FOLDER")
+    output = next((each for each in result if each in outputs), None)
+    if output and command in ("training.train", "training.compare", "training.average", "train", "convert", "export"):
         shutil.rmtree(output, ignore_errors=True)
         # Fields come before options, some of which would take them for further values.
         place = result.index(output) + 1
