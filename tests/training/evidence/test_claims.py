@@ -1,6 +1,7 @@
 """The planned experiment: its parts against definitions written out, and a whole tiny plan."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from training.evidence.claims.verdicts import Hypothesis, judge
 from training.recipe_model import build_model
 
 PLAN = Path(__file__).parents[3] / "model_cards" / "claims" / "PLAN.md"
+ALL = ("sa", "ca", "cbsa", "mask_transformer", "linear")
 TINY = {
     "moving_blocks": 1,
     "datasets": {"scenes": {"squares_per_image": 2, "class_names": None}},
@@ -321,6 +323,24 @@ def test_what_is_missing_is_said(finished, tmp_path):
     claims = build_claims(read_plan(plan), tmp_path)
     assert len(claims["pending"]) == 3 * (2 + 2) + 2 * 2 + 1 and claims["tests"] == []
     assert "17 of the planned parts are missing" in render_claims(claims)
+
+
+def test_a_family_is_judged_as_soon_as_all_it_needs_is_there(finished, tmp_path):
+    """Here `ca` and `cbsa` are still to run: fails if they hold up the verdicts on `sa`, or are judged in part."""
+    _, output = finished
+    plan = read_plan(write_plan(tmp_path, **TINY | {"learning_rates": {name: [1e-3, 1e-2] for name in ALL}}))
+    copy = shutil.copytree(output, tmp_path / "output")
+    (copy / "scenes" / "plan.json").unlink()
+    judged = build_claims(plan, copy)
+    assert [(test["decoder"], test["hypothesis"]) for test in judged["tests"]] == [
+        ("sa", "H1"),
+        ("sa", "H4"),
+        ("sa", "H3a"),
+        ("sa", "H3b"),
+    ]
+    assert len([each for each in judged["pending"] if each != "costs"]) == 2 * (2 + 2) + 2 * 2
+    (copy / "scenes" / "noise" / "sa_seed1.json").unlink()
+    assert build_claims(plan, copy)["tests"] == []
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(["scenes"], "NAME=DATASET"), (["mars=there"], "mars")])

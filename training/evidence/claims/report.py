@@ -36,7 +36,8 @@ def render_claims(claims: dict) -> str:
     for name, decoders in claims["datasets"].items():
         if any(each["seeds"] for each in decoders.values()):
             lines += [f"## {name}", "", *decoder_table(name, decoders, claims), ""]
-    lines += ["![Accuracy against parameters, and loss](claims.png)", ""]
+    if claims["costs"] is not None:
+        lines += ["![Accuracy against parameters, and loss](claims.png)", ""]
     return "\n".join(lines)
 
 

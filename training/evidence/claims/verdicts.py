@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from ...evaluation import environment
-from .noise import load_noise
+from ..noise import ATTENTION_MATRICES
+from .noise import load_noise, noise_path
 from .plan import Plan
-from .runs import best_rate
+from .runs import best_rate, run_names, run_path
 from .statistics import Difference, accuracy_difference, holm, retention_difference
 
 SEGMENTER, LINEAR = "mask_transformer", "linear"
@@ -61,16 +62,14 @@ def build_claims(plan: Plan, output: Path) -> dict[str, Any]:
         ValueError: If runs come from another plan.
     """
     datasets, tests, pending = {}, [], []
+    judged = judged_decoders(plan, output)
     for name in plan.datasets:
         runs, missing = load_dataset_runs(plan, output / name)
         pending += [f"{name}: {each}" for each in missing]
         datasets[name] = {decoder: summarize(plan, decoder, own) for decoder, own in runs.items() if own}
-        if not missing:
-            tests += accuracy_tests(plan, name, output / name)
         noise, without = load_noise(plan, output / name)
         pending += [f"{name}: noise on {each}" for each in without]
-        if not without:
-            tests += robustness_tests(plan, name, noise)
+        tests += accuracy_tests(plan, name, output / name, judged) + robustness_tests(plan, name, noise, judged)
     costs_path = output / "costs.json"
     costs = json.loads(costs_path.read_text(encoding="utf-8")) if costs_path.is_file() else None
     if costs is None:
@@ -87,6 +86,32 @@ def build_claims(plan: Plan, output: Path) -> dict[str, Any]:
     }
 
 
+def judged_decoders(plan: Plan, output: Path) -> list[str]:
+    """Name DEPICT's decoders of the families that can be judged: nothing that a test of the family needs is missing.
+
+    Part of a family would be corrected for fewer tests than the plan has.
+    """
+    unfinished = {
+        decoder
+        for name in plan.datasets
+        for decoder in plan.learning_rates
+        if missing_runs(plan, decoder, output / name) or lacks_noise(plan, decoder, output / name)
+    }
+    families = [[each for each in family if each in plan.learning_rates] for family in (PRIMARY, SECONDARY)]
+    return [each for own in families if not unfinished & {*own, SEGMENTER, LINEAR} for each in own]
+
+
+def missing_runs(plan: Plan, decoder: str, folder: Path) -> list[str]:
+    """Name the planned runs of a decoder that a data set's folder lacks."""
+    return [name for name in run_names(plan, decoder) if not run_path(folder, name).is_file()]
+
+
+def lacks_noise(plan: Plan, decoder: str, folder: Path) -> bool:
+    """Say whether a data set's folder lacks records of noise on a decoder that has attention parameters."""
+    paths = [noise_path(folder, f"{decoder}_seed{seed}") for seed in plan.seeds]
+    return decoder in ATTENTION_MATRICES and not all(path.is_file() for path in paths)
+
+
 def load_dataset_runs(plan: Plan, folder: Path) -> tuple[dict[str, list[dict]], list[str]]:
     """Return the records of one data set by decoder, and the names of planned runs that are not there.
 
@@ -98,11 +123,10 @@ def load_dataset_runs(plan: Plan, folder: Path) -> tuple[dict[str, list[dict]], 
         raise ValueError(f"{folder} holds runs of another plan; give the plan that they were made by.")
     runs: dict[str, list[dict]] = {}
     missing = []
-    for decoder, rates in plan.learning_rates.items():
-        names = [f"{decoder}_trial_{rate:g}" for rate in rates] + [f"{decoder}_seed{seed}" for seed in plan.seeds]
-        paths = {name: folder / "runs" / f"{name}.json" for name in names}
-        missing += [name for name, path in paths.items() if not path.is_file()]
-        runs[decoder] = [json.loads(path.read_text(encoding="utf-8")) for path in paths.values() if path.is_file()]
+    for decoder in plan.learning_rates:
+        missing += missing_runs(plan, decoder, folder)
+        paths = [run_path(folder, name) for name in run_names(plan, decoder)]
+        runs[decoder] = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
     return runs, missing
 
 
@@ -138,13 +162,13 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def accuracy_tests(plan: Plan, dataset: str, folder: Path) -> list[Hypothesis]:
-    """Compare DEPICT's decoders with Segmenter and with the linear layer by test mIoU, as far as the plan has them."""
+def accuracy_tests(plan: Plan, dataset: str, folder: Path, judged: Sequence[str]) -> list[Hypothesis]:
+    """Compare the decoders judged with Segmenter and a linear layer by test mIoU, as far as the plan has these."""
     counts = {
         decoder: np.stack(
             [np.load(folder / "runs" / f"{decoder}_seed{seed}.npz")["test_confusion"] for seed in plan.seeds]
         )
-        for decoder in plan.learning_rates
+        for decoder in (*judged, *(each for each in (SEGMENTER, LINEAR) if judged and each in plan.learning_rates))
     }
     margin = plan.margins["accuracy"]
     return [
@@ -158,14 +182,14 @@ def accuracy_tests(plan: Plan, dataset: str, folder: Path) -> list[Hypothesis]:
             margin,
             accuracy_difference(counts[decoder], counts[against], plan.resamples),
         )
-        for decoder in (*PRIMARY, *SECONDARY)
+        for decoder in judged
         for hypothesis, against, not_worse in ACCURACY
-        if decoder in counts and against in counts
+        if against in counts
     ]
 
 
-def robustness_tests(plan: Plan, dataset: str, noise: Mapping[str, dict]) -> list[Hypothesis]:
-    """Compare DEPICT's decoders with Segmenter by what noise, as of `load_noise`, leaves of their mIoU."""
+def robustness_tests(plan: Plan, dataset: str, noise: Mapping[str, dict], judged: Sequence[str]) -> list[Hypothesis]:
+    """Compare the decoders judged with Segmenter by what noise, as of `load_noise`, leaves of their mIoU."""
     return [
         Hypothesis(
             hypothesis,
@@ -181,9 +205,9 @@ def robustness_tests(plan: Plan, dataset: str, noise: Mapping[str, dict]) -> lis
                 plan.resamples,
             ),
         )
-        for decoder in (*PRIMARY, *SECONDARY)
+        for decoder in judged
         for hypothesis, kind in ROBUSTNESS
-        if decoder in noise and SEGMENTER in noise
+        if SEGMENTER in noise
     ]
 
 
