@@ -1,6 +1,7 @@
 """Tables in the README and on the cards are those of the measured records beside them."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from depict_hf.loading import DEFAULT_MODEL
 from training import cards as cards_command
 from training.evaluation.records import percent, render_table
 from training.evidence import robustness_card, white_box_card
+from training.evidence.claims import read_plan, render_claims
+from training.evidence.claims.verdicts import judged_decoders, load_dataset_runs, summarize
 from training.evidence.comparison_report import with_deviation
 from training.evidence.model_cards import card_folders, paper_model_names, paper_records, render_index
 from training.evidence.paper import PAPER_ROWS
@@ -192,6 +195,38 @@ def test_the_readme_says_what_the_cards_on_the_claims_say():
     assert record["verdicts"]["sa"]["Compression"] == "does not hold"
     found = [claims for claims in record["verdicts"].values() if claims["Compression"] != "not defined"]
     assert all("holds" not in claims.values() for claims in found)
+
+
+def test_the_report_on_the_plan_follows_from_its_runs():
+    """Fails if the report is of older runs, of another plan, or was written by hand."""
+    folder = ROOT / "model_cards" / "claims"
+    record = json.loads((folder / "claims.json").read_text(encoding="utf-8"))
+    plan = read_plan(folder / "PLAN.md")
+    assert record["plan"] == plan.digest
+    assert (folder / "README.md").read_text(encoding="utf-8") == render_claims(record)
+    assert {test["decoder"] for test in record["tests"]} == set(judged_decoders(plan, folder / "results"))
+    for name, decoders in record["datasets"].items():
+        runs, missing = load_dataset_runs(plan, folder / "results" / name)
+        assert decoders == json.loads(json.dumps({each: summarize(plan, each, runs[each]) for each in decoders}))
+        assert {f"{name}: {each}" for each in missing} <= set(record["pending"])
+    for test in record["tests"]:
+        if test["quantity"] == "test mIoU":
+            own, other = (
+                record["datasets"][test["dataset"]][each]["test_by_seed"].values()
+                for each in (test["decoder"], test["against"])
+            )
+            assert test["by_seed"] == pytest.approx([a - b for a, b in zip(own, other, strict=True)])
+            assert test["difference"] == pytest.approx(statistics.fmean(test["by_seed"]))
+    found = {(test["dataset"], test["hypothesis"]): test for test in record["tests"] if test["decoder"] == "sa"}
+    first, second = ([found[name, kind] for name in ("camvid", "labelmefacade")] for kind in ("H1", "H4"))
+    points = [f"{100 * test['difference']:+.2f}" for test in (*first, *second)]
+    text = " ".join(README.split())
+    assert f"accurate than Segmenter ({points[0]} points of mIoU on CamVid, {points[1]} on LabelMeFacade)" in text
+    assert f"less accurate than a linear layer ({points[2]}, {points[3]})" in text
+    assert [test["verdict"] for test in (*first, *second)] == ["supported"] * 2 + ["contradicted"] * 2
+    robust = [test["verdict"] for test in found.values() if test["hypothesis"] in ("H3a", "H3b")]
+    assert robust == ["open"] * 4 and "whether it is more robust stays open" in text
+    assert ("still to be run" in text) == bool(record["pending"])
 
 
 @pytest.mark.skipif(not REHEARSALS, reason="no row of the paper has been rehearsed yet")

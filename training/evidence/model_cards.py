@@ -98,7 +98,7 @@ def render_index(root: Path) -> str:
         f"- [{path.relative_to(root)}]({path.relative_to(root)})"
         for folder in sorted(root.iterdir())
         if folder.is_dir() and folder not in card_folders(root)
-        for path in sorted(folder.rglob("*.md"))[:1] or sorted(folder.rglob("*.json"))[:1]
+        for path in sorted(folder.rglob("*.md"), key=_is_no_readme)[:1] or sorted(folder.rglob("*.json"))[:1]
     ]
     lines = [
         "# Models and measurements",
@@ -119,6 +119,10 @@ def render_index(root: Path) -> str:
         "`depict push DIR REPO` uploads a model with such a card, and refuses one whose figures no record holds.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _is_no_readme(path: Path) -> tuple[bool, str]:
+    return path.name != "README.md", str(path)
 
 
 def _in_order(folder: Path) -> tuple[bool, int, str]:
