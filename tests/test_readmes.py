@@ -59,6 +59,7 @@ ELSEWHERE = {
     "make gpu": "needs a GPU",
     "make test-lowest": "needs another Python and a package registry",
     "make fuzz": "tests/test_fuzzing.py",
+    "python -m training.claims": "takes hours; tests/training/evidence/test_claims.py runs a small plan",
     "depict demo": "tests/test_demo.py and tests/test_demo_browser.py",
     "torchrun": "tests/training/test_launch.py and tests/test_cli.py start several processes",
     "accelerate launch": "tests/training/test_launch.py starts several processes",
