@@ -69,18 +69,7 @@ class Grid:
 
     def record(self, run: str) -> Path:
         """Return the path of a run's record; its counts lie beside it as .npz."""
-        return run_path(self.folder, run)
-
-
-def run_path(folder: Path, run: str) -> Path:
-    """Return the path of a run's record in a data set's folder."""
-    return folder / "runs" / f"{run}.json"
-
-
-def run_names(plan: Plan, decoder: str) -> list[str]:
-    """Name the runs that a plan asks for of a decoder, on each data set."""
-    trials = [f"{decoder}_trial_{rate:g}" for rate in plan.learning_rates[decoder]]
-    return trials + [f"{decoder}_seed{seed}" for seed in plan.seeds]
+        return self.folder / "runs" / f"{run}.json"
 
 
 def run_grid(

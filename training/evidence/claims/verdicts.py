@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from ...evaluation import environment
-from ..noise import ATTENTION_MATRICES
-from .noise import load_noise, noise_path
+from .noise import load_noise
 from .plan import Plan
-from .runs import best_rate, run_names, run_path
+from .runs import best_rate
 from .statistics import Difference, accuracy_difference, holm, retention_difference
 
 SEGMENTER, LINEAR = "mask_transformer", "linear"
@@ -61,15 +60,14 @@ def build_claims(plan: Plan, output: Path) -> dict[str, Any]:
     Raises:
         ValueError: If runs come from another plan.
     """
-    datasets, tests, pending = {}, [], []
-    judged = judged_decoders(plan, output)
+    runs = {name: load_dataset_runs(plan, output / name) for name in plan.datasets}
+    noise = {name: load_noise(plan, output / name) for name in plan.datasets}
+    judged = judged_decoders(plan, [run for _, missing in (*runs.values(), *noise.values()) for run in missing])
+    tests, pending = [], []
     for name in plan.datasets:
-        runs, missing = load_dataset_runs(plan, output / name)
-        pending += [f"{name}: {each}" for each in missing]
-        datasets[name] = {decoder: summarize(plan, decoder, own) for decoder, own in runs.items() if own}
-        noise, without = load_noise(plan, output / name)
-        pending += [f"{name}: noise on {each}" for each in without]
-        tests += accuracy_tests(plan, name, output / name, judged) + robustness_tests(plan, name, noise, judged)
+        pending += [f"{name}: {run}" for run in runs[name][1]] + [f"{name}: noise on {run}" for run in noise[name][1]]
+        tests += accuracy_tests(plan, name, output / name, judged)
+        tests += robustness_tests(plan, name, noise[name][0], judged)
     costs_path = output / "costs.json"
     costs = json.loads(costs_path.read_text(encoding="utf-8")) if costs_path.is_file() else None
     if costs is None:
@@ -78,7 +76,10 @@ def build_claims(plan: Plan, output: Path) -> dict[str, Any]:
         "plan": plan.digest,
         "settings": asdict(plan),
         "costs": costs,
-        "datasets": datasets,
+        "datasets": {
+            name: {decoder: summarize(plan, decoder, own) for decoder, own in found.items() if own}
+            for name, (found, _) in runs.items()
+        },
         "parameters": [] if costs is None else judge_parameters(costs),
         "tests": judge(plan, tests),
         "pending": pending,
@@ -86,30 +87,17 @@ def build_claims(plan: Plan, output: Path) -> dict[str, Any]:
     }
 
 
-def judged_decoders(plan: Plan, output: Path) -> list[str]:
+def judged_decoders(plan: Plan, missing: Sequence[str]) -> list[str]:
     """Name DEPICT's decoders of the families that can be judged: nothing that a test of the family needs is missing.
 
     Part of a family would be corrected for fewer tests than the plan has.
+
+    Args:
+        missing: Names of runs that any data set lacks, or lacks the noise on.
     """
-    unfinished = {
-        decoder
-        for name in plan.datasets
-        for decoder in plan.learning_rates
-        if missing_runs(plan, decoder, output / name) or lacks_noise(plan, decoder, output / name)
-    }
+    unfinished = {each for each in plan.learning_rates if any(run.startswith(f"{each}_") for run in missing)}
     families = [[each for each in family if each in plan.learning_rates] for family in (PRIMARY, SECONDARY)]
     return [each for own in families if not unfinished & {*own, SEGMENTER, LINEAR} for each in own]
-
-
-def missing_runs(plan: Plan, decoder: str, folder: Path) -> list[str]:
-    """Name the planned runs of a decoder that a data set's folder lacks."""
-    return [name for name in run_names(plan, decoder) if not run_path(folder, name).is_file()]
-
-
-def lacks_noise(plan: Plan, decoder: str, folder: Path) -> bool:
-    """Say whether a data set's folder lacks records of noise on a decoder that has attention parameters."""
-    paths = [noise_path(folder, f"{decoder}_seed{seed}") for seed in plan.seeds]
-    return decoder in ATTENTION_MATRICES and not all(path.is_file() for path in paths)
 
 
 def load_dataset_runs(plan: Plan, folder: Path) -> tuple[dict[str, list[dict]], list[str]]:
@@ -123,10 +111,11 @@ def load_dataset_runs(plan: Plan, folder: Path) -> tuple[dict[str, list[dict]], 
         raise ValueError(f"{folder} holds runs of another plan; give the plan that they were made by.")
     runs: dict[str, list[dict]] = {}
     missing = []
-    for decoder in plan.learning_rates:
-        missing += missing_runs(plan, decoder, folder)
-        paths = [run_path(folder, name) for name in run_names(plan, decoder)]
-        runs[decoder] = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    for decoder, rates in plan.learning_rates.items():
+        names = [f"{decoder}_trial_{rate:g}" for rate in rates] + [f"{decoder}_seed{seed}" for seed in plan.seeds]
+        paths = {name: folder / "runs" / f"{name}.json" for name in names}
+        missing += [name for name, path in paths.items() if not path.is_file()]
+        runs[decoder] = [json.loads(path.read_text(encoding="utf-8")) for path in paths.values() if path.is_file()]
     return runs, missing
 
 
