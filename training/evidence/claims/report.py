@@ -52,8 +52,8 @@ def verdict_lines(claims: dict) -> list[str]:
         sentence = SENTENCES[test["hypothesis"]].format(decoder=test["decoder"], matters=points(test["matters"]))
         lines.append(
             f"- {test['dataset']}, {test['hypothesis']} ({test['family']}): **{test['verdict']}**. "
-            f"Claimed: {sentence}. Found: {signed(test['difference'])} points, 95 % interval {signed(test['interval'][0])} to "
-            f"{signed(test['interval'][1])}{size_remark(test)}."
+            f"Claimed: {sentence}. Found: {signed(test['difference'])} points, 95 % interval "
+            f"{signed(test['interval'][0])} to {signed(test['interval'][1])}{size_remark(test)}."
         )
     return lines or ["No hypothesis can be judged yet."]
 
