@@ -348,3 +348,60 @@ def test_wrong_arguments_end_in_a_line(finished, tmp_path, capsys, arguments, me
     plan, _ = finished
     assert command_module.main([str(plan), str(tmp_path), *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_reasons_are_looked_for_in_models_and_in_other_starts(finished, scenes, backbone, tmp_path, capsys):
+    """Fails if a change does not reach the run, the planned runs are not beside it, or figures are of other models."""
+    from depict_hf.analysis import step_sizes
+    from depict_hf.loading import load_model
+
+    plan, output = finished
+    copy = shutil.copytree(output, tmp_path / "output")
+    arguments = [
+        str(plan),
+        str(copy),
+        f"scenes={scenes}",
+        "--backbone",
+        backbone,
+        "--explore",
+        "sa",
+        "mask_transformer",
+    ]
+    before = torch.get_num_threads()
+    try:
+        assert command_module.main(arguments) == 0
+    finally:
+        torch.set_num_threads(before)
+    found = json.loads((copy / "exploration.json").read_text())["scenes"]
+    assert set(found) == {"sa", "mask_transformer"}
+    model, _ = load_model(copy / "scenes" / "models" / "sa_seed1")
+    assert found["sa"]["models"]["1"]["step_sizes"] == step_sizes(model).mean(dim=1).tolist()
+    run = json.loads((copy / "scenes" / "runs" / "sa_seed1.json").read_text())
+    name = found["sa"]["class_name"]
+    assert found["sa"]["models"]["1"]["class_iou"] == run["test"]["per_class_iou"][name]
+    assert found["sa"]["changed"]["as planned"]["1"]["mean_iou"] == run["validation"]["mean_iou"]
+    starts = {
+        change: json.loads((copy / "scenes" / "exploration" / f"sa_{change}_seed1.json").read_text())
+        for change in ("positive", "small", "wide")
+    }
+    # After so few steps the start still shows.
+    planned = found["sa"]["models"]["1"]["step_sizes"]
+    assert starts["positive"]["step_sizes"] == pytest.approx([abs(step) for step in planned], abs=0.1)
+    assert starts["small"]["step_sizes"] == pytest.approx([0.1 * step for step in planned], abs=0.1)
+    assert starts["wide"]["largest_probability"] > found["sa"]["models"]["1"]["largest_probability"] + 0.1
+    text = (copy / "EXPLORATION.md").read_text()
+    assert "exploratory" in text and f"{100 * starts['wide']['validation']['mean_iou']:.2f}" in text
+    assert command_module.main([*arguments[:-2], "linear"]) == 1
+    assert "needed decoders with layers" in capsys.readouterr().err
+
+
+def test_the_largest_probability_is_reached_by_one_cosine_apart_from_all_others():
+    from training.evidence.claims.exploration import largest_probability
+
+    model = tiny_model("sa")
+    norm = model.decoder.mask_norm
+    with torch.no_grad():
+        norm.weight.fill_(1.3)
+    cosines = torch.full((model.config.num_labels,), 0.1)
+    cosines[0] = 0.9
+    assert largest_probability(model) == pytest.approx(norm(cosines).softmax(0)[0].item(), abs=1e-3)

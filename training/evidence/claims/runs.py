@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -188,8 +188,13 @@ def run_once(grid: Grid, decoder_type: str, learning_rate: float, seed: int, dat
     return record
 
 
-def train(recipe: Recipe, pool: Pool, plan: Plan) -> tuple[DepictForSemanticSegmentation, list[float]]:
+def train(
+    recipe: Recipe, pool: Pool, plan: Plan, change: Callable[[DepictForSemanticSegmentation], None] | None = None
+) -> tuple[DepictForSemanticSegmentation, list[float]]:
     """Train a new decoder and the end of the encoder on every square of the pool once.
+
+    Args:
+        change: Gets the model before the first step, and may change its weights.
 
     Returns:
         The whole model in evaluation mode, float32, and the loss of every step.
@@ -197,6 +202,9 @@ def train(recipe: Recipe, pool: Pool, plan: Plan) -> tuple[DepictForSemanticSegm
     set_seed(recipe.optimization.seed)
     model = build_model(recipe)
     freeze_encoder_blocks(model, count_encoder_blocks(model) - plan.moving_blocks)
+    if change is not None:
+        with torch.no_grad():
+            change(model)
     part = MovingPart(model, plan.moving_blocks).train()
     optimizer = create_optimizer(parameter_groups(part, recipe), recipe)
     scheduler = create_scheduler(optimizer, recipe, steps_of(plan, len(pool)))
