@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--onnx", action="append", default=[], metavar="FOLDER", help="made by `depict export`")
     parser.add_argument("--split", default="validation", help="(%(default)s)")
     parser.add_argument("--max-images", type=int, metavar="N", help="only so many, evenly spaced over the split")
+    parser.add_argument("--about", metavar="TEXT", help="what the models are, for the table")
     for option in ("image_column", "label_column", "reduce_labels"):
         parser.set_defaults(**{option: None})
     parser.set_defaults(skip_unreadable=False, workers=0)
@@ -54,6 +55,8 @@ def _run(arguments: argparse.Namespace) -> int:
         dataset = Path(arguments.dataset).name
         arguments.output.mkdir(parents=True, exist_ok=True)
         record = new_record(dataset, arguments.split, arguments.max_images, arguments.output)
+        if arguments.about:
+            record["about"] = arguments.about
         write_tradeoff(
             measure_points(points, samples, arguments.max_images, record, arguments.output), arguments.output
         )

@@ -173,6 +173,7 @@ def render_tradeoff(record: Mapping) -> str:
         f"photograph to label map, on average, and mIoU in percent. {where['cpu_threads']} threads of a CPU, torch "
         f"{where['torch']}. Best: no other is as fast and more accurate, or as accurate and faster.",
         "",
+        *([record["about"], ""] if "about" in record else []),
         *pipe_table(TITLES, rows, numeric_from=2),
         "",
         f"![mIoU against milliseconds]({FIGURE_NAME})",

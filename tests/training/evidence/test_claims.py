@@ -169,7 +169,8 @@ def test_trials_do_not_see_the_test_split_and_choose_by_validation(finished):
 
 
 def test_a_grid_goes_on_and_refuses_another_plan(finished, scenes, backbone, tmp_path):
-    plan, output = finished
+    plan, made = finished
+    output = shutil.copytree(made, tmp_path / "output")
     path = output / "scenes" / "runs" / "linear_seed0.json"
     before, kept = path.read_text(), (output / "scenes" / "runs" / "sa_seed0.json").stat().st_mtime_ns
     path.unlink()

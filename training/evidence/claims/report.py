@@ -38,6 +38,8 @@ def render_claims(claims: dict) -> str:
             lines += [f"## {name}", "", *decoder_table(name, decoders, claims), ""]
     if claims["costs"] is not None:
         lines += ["![Accuracy against parameters, and loss](claims.png)", ""]
+    if not claims["pending"]:
+        lines += ["Why it came out so was looked at afterwards: [EXPLORATION.md](EXPLORATION.md).", ""]
     return "\n".join(lines)
 
 
@@ -62,7 +64,7 @@ def size_remark(test: dict) -> str:
     """Say where a difference, whichever way it goes, is smaller than what matters."""
     if abs(test["difference"]) >= test["matters"]:
         return ""
-    return f"; that is less than the {points(test['matters'])} that matter"
+    return f"; that is less than the {points(test['matters'])} needed to matter"
 
 
 def difference_table(tests: Sequence[dict]) -> list[str]:
